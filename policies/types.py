@@ -1,0 +1,283 @@
+"""The vocabulary of hotset: values that every folder may speak, and nothing that acts.
+
+Must not know Ray, torch, clocks or I/O. Values are frozen; times and sizes are int with the unit
+in the name. `Event` and `Command` are the two sides of the brain's only door,
+`handle(event) -> list[Command]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class Format(StrEnum):
+    """How the bytes of a block are encoded."""
+
+    BF16 = "bf16"
+    FP8 = "fp8"
+    INT8 = "int8"
+    INT4 = "int4"
+    BF16Z = "bf16z"
+    LOWRANK = "lowrank"
+
+
+class Tier(IntEnum):
+    """How far memory is from compute."""
+
+    HBM = 0
+    COMPRESSED = 1
+    HOST = 2
+    CXL = 3
+    STORAGE = 4
+
+
+class State(StrEnum):
+    """State of a block at a device."""
+
+    FULL = "S1"
+    REDUCED = "S2"
+    COMPRESSED = "S3"
+    STAGED = "S4"
+    STORED = "S5"
+    IN_FLIGHT = "S6"
+    RECOMPUTABLE = "S7"
+
+
+class Reason(StrEnum):
+    """Why a command was given or refused. Closed and append-only: journals outlive versions."""
+
+    DEMAND = "demand"  # compute needs the block in this layer
+    PREFETCH = "prefetch"  # a predictor expects the block soon
+    WARM = "warm"  # first fill of a store that joined
+    STAGE = "stage"  # bring a block one tier closer
+    REPLICATE = "replicate"  # another copy of a hot block
+    SPILL = "spill"  # make room in a faster tier
+    EVICT = "evict"  # least valuable copy of a full store
+    DRAIN = "drain"  # the store is leaving
+    LOST = "lost"  # the store died
+    JOINED = "joined"  # a store joined
+    DEMOTE = "demote"  # a cheaper format inside the quality budget
+    PROMOTE = "promote"  # back to full precision
+    VETO_PRECISION = "veto_precision"  # refused: below the precision floor
+    VETO_LAST_COPY = "veto_last_copy"  # refused: the last verified copy
+    VETO_MEMORY = "veto_memory"  # refused: over the store's budget
+    STALE = "stale"  # the source no longer had it
+    TIMEOUT = "timeout"  # the deadline passed
+    REBALANCE = "rebalance"  # popularity has shifted
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BlockId:
+    """Smallest managed unit of weights: expert `index` of MoE layer `layer` (both from 0).
+
+    `layer` counts the model's decoder layers, so dense layers leave gaps.
+    """
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        """`3.17`: what the command line prints and reads."""
+        return f"{self.layer}.{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> BlockId:
+        """Read `3.17`. Raises ValueError that names the form."""
+        layer, dot, index = text.partition(".")
+        if not (dot and layer.isdigit() and index.isdigit()):
+            raise ValueError(f"block {text!r} is not LAYER.EXPERT, for instance 3.17")
+        return cls(int(layer), int(index))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """A verified copy: `block` in `format` at `offset` of `store`'s slab.
+
+    `checksum` is xxh3-64 of the payload; `generation` grows with every fill of a slot of that
+    store; `incarnation` names the store's process, so a restarted store's old copies are void.
+    """
+
+    block: BlockId
+    format: Format
+    store: str
+    offset: int
+    nbytes: int
+    generation: int
+    checksum: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreInfo:
+    """A store as placement sees it. `capacity_bytes` counts block payload and slot headers."""
+
+    name: str
+    tier: Tier
+    node: str
+    incarnation: int
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInfo:
+    """Size of a block in each format it may take (bytes of payload)."""
+
+    block: BlockId
+    nbytes: int
+    reduced_nbytes: int
+
+
+# --- events: what the cluster tells the brain ---------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreJoined:
+    """A store is ready, with the copies it already holds (a new controller learns them so)."""
+
+    now_ns: int
+    store: StoreInfo
+    copies: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreLost:
+    """A store's process is gone, and with it its copies."""
+
+    now_ns: int
+    store: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreDraining:
+    """A store was asked to leave; its copies stay readable until it has left."""
+
+    now_ns: int
+    store: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterCounts:
+    """Tokens routed to each block at one worker since its last report."""
+
+    now_ns: int
+    store: str
+    counts: tuple[tuple[BlockId, int], ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyLanded:
+    """A verified copy now exists. `reason` is that of the transfer."""
+
+    now_ns: int
+    copy: Copy
+    reason: Reason
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyDropped:
+    """A store freed its copy."""
+
+    now_ns: int
+    store: str
+    block: BlockId
+    format: Format
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailed:
+    """A transfer that the brain had asked for ended without a copy."""
+
+    now_ns: int
+    store: str
+    block: BlockId
+    format: Format
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed."""
+
+    now_ns: int
+
+
+Event = (
+    StoreJoined
+    | StoreLost
+    | StoreDraining
+    | RouterCounts
+    | CopyLanded
+    | CopyDropped
+    | TransferFailed
+    | Tick
+)
+
+
+# --- commands: what the brain asks of the cluster -----------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTransfer:
+    """`store` fetches `block` in `format` from the first of `sources` that still has it.
+
+    A source is a store's name or `storage`. `cause` names the event that led here.
+    """
+
+    epoch: int
+    store: str
+    block: BlockId
+    format: Format
+    sources: tuple[str, ...]
+    cause: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropCopy:
+    """`store` frees its copy once no reader holds it."""
+
+    epoch: int
+    store: str
+    block: BlockId
+    format: Format
+    cause: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishEpoch:
+    """A new placement is in force."""
+
+    epoch: int
+    cause: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Veto:
+    """A decision that was refused, with the bound that the refusal protects."""
+
+    epoch: int
+    store: str
+    block: BlockId
+    format: Format
+    reason: Reason
+    bound: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeAt:
+    """Send a `Tick` at this time."""
+
+    at_ns: int
+
+
+Command = StartTransfer | DropCopy | PublishEpoch | Veto | WakeAt
+
+STORAGE = "storage"
+"""Name of the store of tier 4 that every process reads by itself: the checkpoint's files."""

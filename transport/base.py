@@ -1,0 +1,207 @@
+"""The contract of transport: how bytes move between registered regions, and how every move ends.
+
+This layer moves byte ranges. It knows stores' slabs, peers and files; it must not know experts,
+models or Ray.
+
+**Who owns a slot.** A slab's slots are FREE, FILLING (owned by the one transfer that writes it),
+READY (readable by local users who pin it and by remote peers who validate what they read),
+DRAINING (header already void; freed when the last pin goes) or QUARANTINED (an abandoned transfer
+may still write to it). Only the engine moves a slot out of FILLING; only a backend's done or error
+moves it out of QUARANTINED.
+
+**One-sided.** A read needs nothing of the source's CPU beyond its backend's progress thread, and
+no lock. So the source may reuse the slot at any time: the reader checks header and checksum after
+the read, and a mismatch means `STALE`, "try the next source". Peers only pull; nobody writes into
+another's memory.
+
+**Ends.** A ticket ends exactly once: DONE, FAILED or TIMED_OUT, at the latest at its deadline plus
+one poll. A timeout or a cancel ends the wait, not the transfer: handle, descriptors and slots of
+an abandoned transfer stay in quarantine until the backend reports done or error. Nothing in flight
+is ever released, deregistered, unmapped or destroyed.
+
+**Idempotent:** `connect` with the same info, `disconnect`, `close`. **Not retried here:** the
+caller chooses another source, because only it knows them.
+
+**Threads.** Any thread may submit and wait. Exactly one thread, the engine's owner, calls a
+backend. Checksums are verified on that thread, before the ticket ends.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.transport.slab import Slab, Slot
+
+
+class Status(enum.Enum):
+    """How a read ended, for a whole ticket or for one item of it."""
+
+    DONE = "done"
+    FAILED = "failed"  # the backend reported an error, or the peer is gone
+    STALE = "stale"  # the bytes came, but not those that were asked for
+    TIMED_OUT = "timed_out"  # the deadline passed; the slot is in quarantine
+    CANCELLED = "cancelled"  # the caller gave up; the slot is in quarantine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerInfo:
+    """What a peer must know to read a store: sent once when stores meet, versioned by incarnation.
+
+    `backend_metadata` is opaque (NIXL: agent metadata). `base_address` is the registered address
+    of the slab's first byte in the owner's process, `nbytes` its length.
+    """
+
+    name: str
+    incarnation: int
+    backend: str
+    backend_metadata: bytes
+    base_address: int
+    nbytes: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expect:
+    """What the header of a slot must say for a read to count.
+
+    `key` is 16 opaque bytes that name the content, `format_code` an opaque small int.
+    `generation` and `checksum` of None accept any value (the checksum is still verified against
+    the header's own).
+    """
+
+    key: bytes
+    format_code: int
+    nbytes: int
+    generation: int | None = None
+    checksum: int | None = None
+    incarnation: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadItem:
+    """Read one slot of a peer (header and payload) into a FILLING slot here.
+
+    `remote_offset` counts bytes from the start of the peer's slab to the slot's header.
+    """
+
+    remote_offset: int
+    dest: Slot
+    expect: Expect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRange:
+    """`nbytes` at `offset` of the file at `path`."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileItem:
+    """Read ranges of files, back to back, into the payload of a FILLING slot here.
+
+    `expect.checksum` of None means that the file is the truth and its checksum is computed.
+    """
+
+    ranges: tuple[FileRange, ...]
+    dest: Slot
+    expect: Expect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemResult:
+    """The end of one item. On DONE the slot is READY with a header of this store's own."""
+
+    status: Status
+    dest: Slot
+    checksum: int = 0
+    generation: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The end of a ticket. Times are monotonic-clock durations in ns; they add up to its life.
+
+    `started_ns` and `ended_ns` are wall-clock (epoch) times for traces.
+    """
+
+    status: Status
+    items: tuple[ItemResult, ...]
+    peer: str
+    nbytes: int
+    started_ns: int
+    ended_ns: int
+    queue_ns: int
+    wire_ns: int
+    verify_ns: int
+    transfer_id: int
+
+
+class PostState(enum.Enum):
+    """What a backend says of a posted read."""
+
+    PENDING = "pending"
+    DONE = "done"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One contiguous copy of a post: offsets from the start of the two slabs."""
+
+    local_offset: int
+    remote_offset: int
+    nbytes: int
+
+
+class Backend(ABC):
+    """Moves spans from a peer's slab into ours. Called by one thread only (the engine's owner).
+
+    A backend never blocks for longer than one post of local memory copying, never raises out of
+    `poll`, and never frees anything that may still be written to.
+    """
+
+    name: str
+
+    @abstractmethod
+    def register(self, slab: Slab) -> None:
+        """Register the store's slab, once, before `info`; it is never deregistered."""
+
+    @abstractmethod
+    def info(self, *, name: str, incarnation: int) -> PeerInfo:
+        """Describe this side to peers."""
+
+    @abstractmethod
+    def connect(self, peer: PeerInfo) -> None:
+        """Make `peer` readable. A newer incarnation replaces an older one of the same name.
+
+        Raises TransportError for metadata that is damaged or of another backend.
+        """
+
+    @abstractmethod
+    def disconnect(self, name: str) -> None:
+        """Forget a peer; reads in flight from it stay owned until they end."""
+
+    @abstractmethod
+    def post(self, peer: str, spans: Sequence[Span]) -> int:
+        """Start one read of many spans; returns a handle. Raises PeerGoneError, TransportError."""
+
+    @abstractmethod
+    def poll(self, handle: int) -> tuple[PostState, str]:
+        """State of a posted read and the error's text. DONE and ERROR are final."""
+
+    @abstractmethod
+    def release(self, handle: int) -> None:
+        """Free a handle that is DONE or in ERROR. Calling it on a PENDING one is a bug."""
+
+    def close(self) -> None:
+        """Tear down after everything posted has ended; the engine sees to that."""
