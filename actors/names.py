@@ -1,0 +1,259 @@
+"""Every name that hotset shows to the outside: spans, attributes, metrics, resources.
+
+Decides spelling, unit and meaning, and nothing else. Must not know who records or who reads. A name
+that is not here is not written; the tables of the documentation are made from these tuples.
+
+Invariants: names are append-only, since traces and panels outlive versions; a metric's labels are
+bounded (stores, tiers, reasons), never an expert or a request; sizes are in bytes and times in ns,
+except where Prometheus wants seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribute:
+    """A key of a span, a scope or a resource. `unit` is empty for text and plain counts."""
+
+    name: str
+    unit: str = ""
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A kind of span, with the attributes that it may carry."""
+
+    name: str
+    meaning: str
+    attributes: tuple[Attribute, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A metric for `ray.util.metrics`: `labels` are its `tag_keys`, `meaning` its description."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    unit: str
+    labels: tuple[str, ...] = ()
+    meaning: str
+
+
+SCOPE = "hotset"
+"""Name of the instrumentation scope of every span."""
+
+# --- resource: who wrote the spans of one line of a trace file ------------------------------------
+
+SERVICE_NAME = Attribute(name="service.name", meaning="always `hotset`")
+SERVICE_INSTANCE = Attribute(name="service.instance.id", meaning="the store, as in hotset.store")
+HOST_NAME = Attribute(name="host.name", meaning="the node that the store lives on")
+RUN = Attribute(name="hotset.run", meaning="id of the run; all spans of a run form one trace")
+STORE = Attribute(name="hotset.store", meaning="the store whose rows these are")
+TIER = Attribute(name="hotset.tier", meaning="tier of the store: hbm, host, cxl, storage")
+EMULATED = Attribute(name="hotset.emulated", meaning="what is emulated, for instance `cxl: paced`")
+
+RESOURCE = (SERVICE_NAME, SERVICE_INSTANCE, HOST_NAME, RUN, STORE, TIER, EMULATED)
+
+# --- scope: numbers about one line of a trace file ------------------------------------------------
+
+DROPPED = Attribute(
+    name="hotset.telemetry.dropped", meaning="rows lost since the line before of this store"
+)
+SCOPE_ATTRIBUTES = (DROPPED,)
+
+# --- span attributes ------------------------------------------------------------------------------
+
+SOURCE = Attribute(name="hotset.source", meaning="store, or `storage`, that the bytes came from")
+SOURCE_TIER = Attribute(name="hotset.source.tier", meaning="tier of the source")
+FORMAT = Attribute(name="hotset.format", meaning="format of the block's bytes")
+LAYER = Attribute(name="hotset.layer", meaning="decoder layer of the block")
+INDEX = Attribute(name="hotset.index", meaning="expert of the layer")
+TOKENS = Attribute(name="hotset.tokens", meaning="tokens in this step, layer or dispatch")
+REASON = Attribute(name="hotset.reason", meaning="why: a policies.types.Reason")
+CODE = Attribute(
+    name="hotset.code", meaning="how it ended: ok, failed, stale, timed_out, cancelled"
+)
+NBYTES = Attribute(name="hotset.bytes", unit="By", meaning="bytes of payload moved")
+QUEUE = Attribute(name="hotset.queue_ns", unit="ns", meaning="time between submit and post")
+WIRE = Attribute(
+    name="hotset.wire_ns", unit="ns", meaning="time between post and the backend's end"
+)
+VERIFY = Attribute(name="hotset.verify_ns", unit="ns", meaning="time to check header and checksum")
+USED = Attribute(name="hotset.used", meaning="true when compute used the bytes; absent if unknown")
+ATTEMPT = Attribute(name="hotset.attempt", meaning="number of earlier attempts; absent when none")
+REQUEST = Attribute(
+    name="hotset.request.trace_id", meaning="trace id of the request, 32 hex digits"
+)
+EPOCH = Attribute(name="hotset.epoch", meaning="epoch that the plan made")
+LINK = Attribute(name="hotset.link", meaning="of a link: always `waited_on`, compute to transfer")
+
+WAITED_ON = "waited_on"
+"""Value of `hotset.link`: the linked span is the transfer that this span waited for."""
+
+SPAN_ATTRIBUTES = (
+    SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, TOKENS, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
+    USED, ATTEMPT, REQUEST, EPOCH, LINK,
+)  # fmt: skip
+
+# --- spans ----------------------------------------------------------------------------------------
+
+SPAN_PLAN = Span(
+    name="hotset.plan",
+    meaning="the controller made a placement",
+    attributes=(EPOCH, REASON),
+)
+SPAN_TRANSFER = Span(
+    name="hotset.transfer",
+    meaning="one block arrived at a store, or did not",
+    attributes=(
+        SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY, USED,
+        ATTEMPT, REQUEST,
+    ),
+)  # fmt: skip
+SPAN_STEP = Span(
+    name="hotset.compute.step",
+    meaning="one forward pass of one request; links waited_on to each transfer it waited for",
+    attributes=(TOKENS, CODE, REQUEST),
+)
+SPAN_LAYER = Span(
+    name="hotset.compute.layer",
+    meaning="one MoE layer of one step (sampled), or a layer computed for a peer",
+    attributes=(LAYER, TOKENS, CODE, REQUEST),
+)
+SPAN_WAIT = Span(
+    name="hotset.wait",
+    meaning="a stall: compute of the parent step waited; link waited_on to the transfer",
+    attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, REQUEST),
+)
+SPAN_DISPATCH = Span(
+    name="hotset.dispatch",
+    meaning="tokens went to a peer that has the expert, and its result came back",
+    attributes=(SOURCE, SOURCE_TIER, LAYER, INDEX, CODE, NBYTES, REQUEST),
+)
+SPANS = (SPAN_PLAN, SPAN_TRANSFER, SPAN_STEP, SPAN_LAYER, SPAN_WAIT, SPAN_DISPATCH)
+
+# --- metrics --------------------------------------------------------------------------------------
+
+TRANSFER_BYTES = Metric(
+    name="hotset_transfer_bytes_total",
+    kind="counter",
+    unit="By",
+    labels=("store", "tier_from", "tier_to"),
+    meaning="bytes of payload that arrived",
+)
+TRANSFER_SECONDS = Metric(
+    name="hotset_transfer_seconds_total",
+    kind="counter",
+    unit="s",
+    labels=("store", "tier_from", "tier_to"),
+    meaning="sum of the life times of transfers; transfers overlap, so this can outrun the clock",
+)
+TRANSFERS = Metric(
+    name="hotset_transfers_total",
+    kind="counter",
+    unit="",
+    labels=("store", "code"),
+    meaning="transfers by how they ended",
+)
+STALL_SECONDS = Metric(
+    name="hotset_stall_seconds_total",
+    kind="counter",
+    unit="s",
+    labels=("store", "reason"),
+    meaning="time in which compute waited for a block",
+)
+DISPATCHED_BYTES = Metric(
+    name="hotset_dispatched_bytes_total",
+    kind="counter",
+    unit="By",
+    labels=("store",),
+    meaning="bytes of activations sent to peers and back in place of weights",
+)
+EXPERT_HITS = Metric(
+    name="hotset_expert_hits_total",
+    kind="counter",
+    unit="",
+    labels=("store", "tier"),
+    meaning="expert look-ups by the tier in which the block was found",
+)
+EXPERT_QUERIES = Metric(
+    name="hotset_expert_queries_total",
+    kind="counter",
+    unit="",
+    labels=("store",),
+    meaning="expert look-ups",
+)
+RESIDENT_BYTES = Metric(
+    name="hotset_resident_bytes",
+    kind="gauge",
+    unit="By",
+    labels=("store", "tier"),
+    meaning="bytes of copies that the store holds",
+)
+CAPACITY_BYTES = Metric(
+    name="hotset_capacity_bytes",
+    kind="gauge",
+    unit="By",
+    labels=("store", "tier"),
+    meaning="bytes that the store may hold",
+)
+EPOCH_NUMBER = Metric(
+    name="hotset_epoch", kind="gauge", unit="", meaning="number of the placement in force"
+)
+EPOCH_AGE = Metric(
+    name="hotset_epoch_age_seconds",
+    kind="gauge",
+    unit="s",
+    meaning="time since the placement in force was published",
+)
+BLOCKS = Metric(
+    name="hotset_blocks",
+    kind="gauge",
+    unit="",
+    labels=("state",),
+    meaning="blocks by their best state in the cluster; the sum is the number of blocks",
+)
+TOKENS_SERVED = Metric(
+    name="hotset_tokens_total",
+    kind="counter",
+    unit="",
+    labels=("store",),
+    meaning="tokens generated",
+)
+TELEMETRY_DROPPED = Metric(
+    name="hotset_telemetry_dropped_total",
+    kind="counter",
+    unit="",
+    labels=("store",),
+    meaning="rows that telemetry lost; every other number misses them",
+)
+TELEMETRY_SPANS = Metric(
+    name="hotset_telemetry_spans_total",
+    kind="counter",
+    unit="",
+    labels=("store",),
+    meaning="spans written to the trace file",
+)
+VETOES = Metric(
+    name="hotset_vetoes_total",
+    kind="counter",
+    unit="",
+    labels=("reason",),
+    meaning="decisions that the guardrail refused",
+)
+QUARANTINED_BYTES = Metric(
+    name="hotset_quarantined_bytes",
+    kind="gauge",
+    unit="By",
+    labels=("store",),
+    meaning="bytes of slots that an abandoned transfer may still write to",
+)
+METRICS = (
+    TRANSFER_BYTES, TRANSFER_SECONDS, TRANSFERS, STALL_SECONDS, DISPATCHED_BYTES, EXPERT_HITS,
+    EXPERT_QUERIES, RESIDENT_BYTES, CAPACITY_BYTES, EPOCH_NUMBER, EPOCH_AGE, BLOCKS, TOKENS_SERVED,
+    TELEMETRY_DROPPED, TELEMETRY_SPANS, VETOES, QUARANTINED_BYTES,
+)  # fmt: skip
