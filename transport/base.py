@@ -23,7 +23,8 @@ is ever released, deregistered, unmapped or destroyed.
 caller chooses another source, because only it knows them.
 
 **Threads.** Any thread may submit and wait. Exactly one thread, the engine's owner, calls a
-backend. Checksums are verified on that thread, before the ticket ends.
+backend. Checksums are verified before the ticket ends; of a large batch one thread verifies what
+has landed while the owner moves the rest.
 """
 
 from __future__ import annotations
@@ -50,6 +51,15 @@ class Status(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkProfile:
+    """What a store's link gives a reader. When `emulated`, readers pace themselves to it."""
+
+    bandwidth_bytes_per_s: int
+    latency_ns: int
+    emulated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerInfo:
     """What a peer must know to read a store: sent once when stores meet, versioned by incarnation.
 
@@ -64,6 +74,7 @@ class PeerInfo:
     base_address: int
     nbytes: int
     device: str = "cpu"
+    link: LinkProfile | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,5 +214,5 @@ class Backend(ABC):
     def release(self, handle: int) -> None:
         """Free a handle that is DONE or in ERROR. Calling it on a PENDING one is a bug."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most backends have nothing to tear down
         """Tear down after everything posted has ended; the engine sees to that."""

@@ -1,0 +1,126 @@
+"""The 64 bytes in front of every payload: what a slot holds, and whether it may be believed.
+
+A reader copies header and payload in one one-sided read and then decides from the bytes alone.
+So a header carries its own hash, the payload's checksum, and the generation and incarnation of
+the store that wrote it. Little endian:
+
+    offset 0   magic u32, version u8, flags u8, format_code u16
+    offset 8   key, 16 opaque bytes that name the content
+    offset 24  nbytes u32 (payload), epoch u32
+    offset 32  generation u64, checksum u64 (xxh3-64 of the payload), incarnation u64
+    offset 56  hash u64 (xxh3-64 of the first 56 bytes)
+
+This module must not know what keys or format codes mean. Invariant: bytes that were torn, zeroed
+or flipped anywhere in the 64 unpack to None.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import xxhash
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from hotset.transport.base import Expect
+
+HEADER_BYTES: Final = 64
+KEY_BYTES: Final = 16
+MAGIC: Final = 0x53544F48  # "HOTS"
+VERSION: Final = 1
+VOID: Final = bytes(HEADER_BYTES)
+
+_BODY = struct.Struct("<IBBH16sIIQQQ")
+_HASH = struct.Struct("<Q")
+_HASHED_BYTES: Final = 56
+
+
+def checksum(view: ReadableBuffer) -> int:
+    """xxh3-64 of bytes; the hash of block payloads everywhere in hotset."""
+    return xxhash.xxh3_64_intdigest(view)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a slot says of its payload. `nbytes` is the payload's length without the header."""
+
+    key: bytes
+    format_code: int
+    nbytes: int
+    generation: int
+    checksum: int
+    incarnation: int
+    epoch: int = 0
+    flags: int = 0
+
+    def pack_into(self, buffer: bytearray | memoryview, offset: int = 0) -> None:
+        """Write the 64 bytes at `offset`. Raises ValueError for a key that is not 16 bytes."""
+        buffer[offset : offset + HEADER_BYTES] = self.pack()
+
+    def pack(self) -> bytes:
+        """Return the 64 bytes."""
+        if len(self.key) != KEY_BYTES:
+            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(self.key)}")
+        body = _BODY.pack(
+            MAGIC,
+            VERSION,
+            self.flags,
+            self.format_code,
+            self.key,
+            self.nbytes,
+            self.epoch,
+            self.generation,
+            self.checksum,
+            self.incarnation,
+        )
+        return body + _HASH.pack(checksum(body))
+
+    @classmethod
+    def unpack(cls, buffer: ReadableBuffer, offset: int = 0) -> Header | None:
+        """Read 64 bytes at `offset`; None when they are void, damaged or of another version."""
+        data = bytes(memoryview(buffer)[offset : offset + HEADER_BYTES])
+        if len(data) < HEADER_BYTES:
+            return None
+        magic, version, flags, code, key, nbytes, epoch, generation, payload_sum, incarnation = (
+            _BODY.unpack_from(data)
+        )
+        if magic != MAGIC or version != VERSION:
+            return None
+        if _HASH.unpack_from(data, _HASHED_BYTES)[0] != checksum(data[:_HASHED_BYTES]):
+            return None
+        return cls(
+            key=key,
+            format_code=code,
+            nbytes=nbytes,
+            generation=generation,
+            checksum=payload_sum,
+            incarnation=incarnation,
+            epoch=epoch,
+            flags=flags,
+        )
+
+
+def matches(header: Header, expect: Expect) -> str:
+    """'' when the header is what was asked for, else the first thing that differs.
+
+    A None in `expect` accepts any value; content (key, format, size) must always agree.
+    """
+    pairs = (
+        ("key", header.key, expect.key),
+        ("format", header.format_code, expect.format_code),
+        ("nbytes", header.nbytes, expect.nbytes),
+        ("incarnation", header.incarnation, expect.incarnation),
+        ("generation", header.generation, expect.generation),
+        ("checksum", header.checksum, expect.checksum),
+    )
+    for name, found, wanted in pairs:
+        if wanted is not None and found != wanted:
+            return f"{name} is {_show(found)}, expected {_show(wanted)}"
+    return ""
+
+
+def _show(value: bytes | int) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,136 @@
+"""One contiguous region of bytes for a store: a prefaulted memfd on the host, or a CUDA tensor.
+
+It moves nothing between processes and knows no slots. Invariants: the address never changes and
+the region is never unmapped while the object lives; host memory is faulted in once, here, so that
+no transfer pays for page faults. The host path never imports torch, except in `torch_view`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from hotset.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from _typeshed import ReadableBuffer
+
+HUGE_PAGE_BYTES: Final = 2 << 20
+
+
+class Memory(ABC):
+    """Bytes at a fixed address. Offsets count from the region's first byte."""
+
+    address: int
+    nbytes: int
+    device: str
+
+    @abstractmethod
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes for reading: a view on the host, a copy of device memory."""
+
+    @abstractmethod
+    def write(self, offset: int, data: ReadableBuffer) -> None:
+        """Copy `data` to `offset`; the bytes are there when this returns."""
+
+    @abstractmethod
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Writable view without a copy. Raises ConfigError on device memory."""
+
+    @abstractmethod
+    def torch_view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """torch.uint8 [nbytes] without a copy, on the region's device."""
+
+
+class HostMemory(Memory):
+    """An anonymous file in memory (memfd), mapped shared, rounded up to 2 MiB and prefaulted."""
+
+    def __init__(self, nbytes: int, *, name: str) -> None:
+        """Reserve the pages now. Raises ConfigError when the machine has not enough memory."""
+        self.device = "cpu"
+        self.nbytes = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        self.fd = os.memfd_create(f"hotset-{name}"[:200], os.MFD_CLOEXEC)
+        try:
+            os.posix_fallocate(self.fd, 0, self.nbytes)  # fails here instead of by SIGBUS later
+            self._map = mmap.mmap(
+                self.fd,
+                self.nbytes,
+                flags=mmap.MAP_SHARED | mmap.MAP_POPULATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except OSError as error:
+            os.close(self.fd)
+            raise ConfigError(
+                f"cannot reserve {self.nbytes >> 20} MiB for store {name!r} ({error.strerror})",
+                remedy="lower the store's budget or free memory on this node",
+            ) from error
+        self._view = memoryview(self._map)
+        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
+        self._tensor: torch.Tensor | None = None
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        """View the bytes."""
+        return self._view[offset : offset + nbytes]
+
+    def write(self, offset: int, data: ReadableBuffer) -> None:
+        """Copy bytes in."""
+        source = memoryview(data).cast("B")
+        self._view[offset : offset + source.nbytes] = source
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """View the bytes for writing."""
+        return self._view[offset : offset + nbytes]
+
+    def torch_view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """View the bytes as a tensor."""
+        if self._tensor is None:
+            import torch
+
+            self._tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        return self._tensor[offset : offset + nbytes]
+
+
+class DeviceMemory(Memory):
+    """One torch.uint8 tensor on a device; the host sees it through synchronous copies."""
+
+    def __init__(self, nbytes: int, *, device: str, name: str) -> None:
+        """Allocate. Raises ConfigError when the device is absent or full."""
+        import torch
+
+        self.device = device
+        self.nbytes = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        try:
+            self._tensor = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise ConfigError(
+                f"cannot allocate {self.nbytes >> 20} MiB on {device} for store {name!r}",
+                remedy="name a device that exists and lower the store's budget",
+            ) from error
+        self.address = int(self._tensor.data_ptr())
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        """Copy the bytes to the host."""
+        return self._tensor[offset : offset + nbytes].cpu().numpy().data
+
+    def write(self, offset: int, data: ReadableBuffer) -> None:
+        """Copy bytes from the host."""
+        import torch
+
+        host = torch.from_numpy(np.frombuffer(memoryview(data), dtype=np.uint8).copy())
+        self._tensor[offset : offset + host.numel()].copy_(host)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Refuse: the host cannot address device memory."""
+        raise ConfigError(
+            f"bytes {offset}..{offset + nbytes} are on {self.device}",
+            remedy="use read and write, or torch_view",
+        )
+
+    def torch_view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """View the bytes as a tensor."""
+        return self._tensor[offset : offset + nbytes]

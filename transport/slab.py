@@ -1,0 +1,419 @@
+"""A store's memory: one region of slots, registered once, never unmapped.
+
+Moves no bytes between processes; keeps who owns which bytes. The region is cut into super-slots
+of one fixed stride. A super-slot serves one full-size copy or two reduced ones (an int8 copy has
+half the bytes), so precision is a lever on how many copies fit; it belongs to one of the two
+classes while any part of it is in use (as in a SLUB allocator). Free super-slots are reused
+oldest first, which gives remote readers of a retired copy the longest time to finish.
+
+    FREE -allocate-> FILLING -publish-> READY -retire-> DRAINING -last unpin-> FREE
+                     FILLING -fail-> FREE
+                     FILLING -abandon-> QUARANTINED -restore-> FREE
+
+Invariants: a header is valid only in READY (FILLING slots may hold what a backend writes); a
+header is written last and voided first; generations only grow; used bytes never exceed the
+budget; a `Slot` is good for one use of its memory, a later use has another serial, and any move
+with a stale one raises InvalidTransition. One lock; no method blocks. This module must not know
+peers, backends, or what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+from hotset.errors import ConfigError, InvalidTransition
+from hotset.transport.header import HEADER_BYTES, VOID, Header
+from hotset.transport.memory import DeviceMemory, HostMemory, Memory
+
+if TYPE_CHECKING:
+    import torch
+    from _typeshed import ReadableBuffer
+
+ALIGN: Final = 64  # bytes; payloads start on a cache line
+
+
+class SlotState(IntEnum):
+    """Who owns a slot."""
+
+    FREE = 0
+    FILLING = 1
+    READY = 2
+    DRAINING = 3
+    QUARANTINED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One use of a part of the slab: `offset` of its header, and room for the payload."""
+
+    offset: int
+    payload_bytes: int
+    unit: int  # 2 x super-slot + part
+    serial: int
+
+    @property
+    def payload_offset(self) -> int:
+        """Offset of the payload's first byte in the slab."""
+        return self.offset + HEADER_BYTES
+
+
+def slot_stride(slot_payload_bytes: int, reduced_payload_bytes: int | None = None) -> int:
+    """Bytes of one super-slot, headers included: what one full-size copy costs of a budget."""
+    full = HEADER_BYTES + _round(slot_payload_bytes)
+    if reduced_payload_bytes is None:
+        return full
+    half = HEADER_BYTES + _round(reduced_payload_bytes)
+    return 2 * max(half, -(-full // (2 * ALIGN)) * ALIGN)
+
+
+def _round(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+class Slab:
+    """The slots of one store. Sizes in bytes; thread-safe."""
+
+    def __init__(  # noqa: PLR0913 - a store's memory has these parameters, all by keyword
+        self,
+        *,
+        capacity_bytes: int,
+        slot_payload_bytes: int,
+        device: str = "cpu",
+        name: str,
+        incarnation: int,
+        reduced_payload_bytes: int | None = None,
+    ) -> None:
+        """Reserve the memory. Raises ConfigError when the budget holds not even one slot."""
+        self.name = name
+        self.incarnation = incarnation
+        self.device = device
+        self.slot_payload_bytes = slot_payload_bytes
+        self.reduced_payload_bytes = reduced_payload_bytes
+        self.stride_bytes = slot_stride(slot_payload_bytes, reduced_payload_bytes)
+        self.super_slots = capacity_bytes // self.stride_bytes
+        if self.super_slots < 1:
+            raise ConfigError(
+                f"store {name!r}: a budget of {capacity_bytes} bytes holds no slot of "
+                f"{self.stride_bytes} bytes",
+                remedy=f"give it at least {self.stride_bytes} bytes",
+            )
+        self.capacity_bytes = self.super_slots * self.stride_bytes
+        self.memory: Memory = (
+            HostMemory(self.capacity_bytes, name=name)
+            if device == "cpu"
+            else DeviceMemory(self.capacity_bytes, device=device, name=name)
+        )
+        self._lock = threading.Lock()
+        units = 2 * self.super_slots
+        self._state = [SlotState.FREE] * units
+        self._pins = [0] * units
+        self._serial = [0] * units
+        self._generation = 0
+        self._parts = [0] * self.super_slots  # 0 free, 1 one full copy, 2 reduced copies
+        self._free: deque[int] = deque(range(self.super_slots))  # super-slots of no class
+        self._free_halves: deque[int] = deque()  # free units beside a used reduced copy
+        self._used_bytes = 0
+
+    # --- facts ----------------------------------------------------------------------------------
+
+    @property
+    def base_address(self) -> int:
+        """Address of the slab's first byte in this process."""
+        return self.memory.address
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the registered region (the budget rounded up to 2 MiB)."""
+        return self.memory.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all slots that are not FREE, headers and rounding included."""
+        return self._used_bytes
+
+    def free_slots(self, nbytes: int) -> int:
+        """How many payloads of `nbytes` could be allocated now."""
+        with self._lock:
+            if self._is_reduced(nbytes):
+                return 2 * len(self._free) + len(self._free_halves)
+            return len(self._free)
+
+    def state(self, slot: Slot) -> SlotState:
+        """State of this use of the slot; FREE when the use has ended."""
+        with self._lock:
+            current = self._serial[slot.unit] == slot.serial
+            return self._state[slot.unit] if current else SlotState.FREE
+
+    def pins(self, slot: Slot) -> int:
+        """How many readers hold this use of the slot."""
+        with self._lock:
+            return self._pins[slot.unit] if self._serial[slot.unit] == slot.serial else 0
+
+    # --- moves ----------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> Slot | None:
+        """Take a slot for a payload of `nbytes`: FREE -> FILLING; None when the slab is full.
+
+        Raises ConfigError when no slot of this slab can ever hold that many bytes.
+        """
+        reduced = self._is_reduced(nbytes)
+        if nbytes > self.slot_payload_bytes:
+            raise ConfigError(
+                f"store {self.name!r}: a payload of {nbytes} bytes exceeds its slots of "
+                f"{self.slot_payload_bytes} bytes",
+                remedy="build the slab with the size of the largest block",
+            )
+        with self._lock:
+            unit = self._take(reduced=reduced)
+            if unit is None:
+                return None
+            self._state[unit] = SlotState.FILLING
+            self._serial[unit] += 1
+            self._used_bytes += self._unit_bytes(unit)
+            room = self._unit_bytes(unit) - HEADER_BYTES
+            return Slot(self._offset(unit), room, unit, self._serial[unit])
+
+    def publish(  # noqa: PLR0913 - the columns of a header
+        self,
+        slot: Slot,
+        *,
+        key: bytes,
+        format_code: int,
+        nbytes: int,
+        checksum: int,
+        epoch: int = 0,
+        pins: int = 0,
+    ) -> int:
+        """Make a filled slot readable: FILLING -> READY, header last. Returns its generation.
+
+        `pins` are held from the start, so that nobody evicts the copy between landing and use.
+        """
+        if nbytes > slot.payload_bytes:
+            raise ValueError(f"{nbytes} bytes in a slot of {slot.payload_bytes}")
+        with self._lock:
+            self._require(slot, SlotState.FILLING, "publish")
+            self._generation += 1
+            header = Header(
+                key=key,
+                format_code=format_code,
+                nbytes=nbytes,
+                generation=self._generation,
+                checksum=checksum,
+                incarnation=self.incarnation,
+                epoch=epoch,
+            )
+            self.memory.write(slot.offset, header.pack())
+            self._state[slot.unit] = SlotState.READY
+            self._pins[slot.unit] = pins
+            return self._generation
+
+    def try_pin(self, slot: Slot) -> bool:
+        """Hold a READY slot against reuse; False when it is gone, so look the block up again."""
+        with self._lock:
+            if (
+                self._serial[slot.unit] != slot.serial
+                or self._state[slot.unit] is not SlotState.READY
+            ):
+                return False
+            self._pins[slot.unit] += 1
+            return True
+
+    def pin(self, slot: Slot) -> None:
+        """Hold a READY slot against reuse. Raises InvalidTransition when it is gone."""
+        with self._lock:
+            self._require(slot, SlotState.READY, "pin")
+            self._pins[slot.unit] += 1
+
+    def unpin(self, slot: Slot) -> None:
+        """Let go of a pin; the last one frees a DRAINING slot."""
+        with self._lock:
+            unit = slot.unit
+            held = self._serial[unit] == slot.serial and self._pins[unit] > 0
+            if not held:
+                raise self._illegal(slot, "unpin")
+            self._pins[unit] -= 1
+            if self._pins[unit] == 0 and self._state[unit] is SlotState.DRAINING:
+                self._release(unit)
+
+    def retire(self, slot: Slot) -> bool:
+        """Void the header: READY -> DRAINING, and FREE at once when nobody holds it (True)."""
+        with self._lock:
+            self._require(slot, SlotState.READY, "retire")
+            self.memory.write(slot.offset, VOID)
+            self._state[slot.unit] = SlotState.DRAINING
+            if self._pins[slot.unit]:
+                return False
+            self._release(slot.unit)
+            return True
+
+    def fail(self, slot: Slot) -> None:
+        """Give back a slot that nothing writes to any more: FILLING -> FREE."""
+        self._give_back(slot, SlotState.FILLING, "fail")
+
+    def abandon(self, slot: Slot) -> None:
+        """Give up a slot that a backend may still write to: FILLING -> QUARANTINED."""
+        with self._lock:
+            self._require(slot, SlotState.FILLING, "abandon")
+            self._state[slot.unit] = SlotState.QUARANTINED
+
+    def restore(self, slot: Slot) -> None:
+        """Take back a quarantined slot whose transfer has ended: QUARANTINED -> FREE.
+
+        Only the engine may say so, after the backend reported done or error.
+        """
+        self._give_back(slot, SlotState.QUARANTINED, "restore")
+
+    # --- bytes ----------------------------------------------------------------------------------
+
+    def payload(self, slot: Slot, nbytes: int | None = None) -> memoryview:
+        """Writable view of the payload on the host. Raises ConfigError for device memory."""
+        return self.memory.view(slot.payload_offset, self._length(slot, nbytes))
+
+    def read_payload(self, slot: Slot, nbytes: int | None = None) -> memoryview:
+        """Payload for reading from any device: a view on the host, else a copy."""
+        return self.memory.read(slot.payload_offset, self._length(slot, nbytes))
+
+    def write_payload(self, slot: Slot, data: ReadableBuffer, *, offset: int = 0) -> None:
+        """Copy `data` into the payload at `offset`, on any device."""
+        self._length(slot, offset + memoryview(data).nbytes)
+        self.memory.write(slot.payload_offset + offset, data)
+
+    def torch_view(self, slot: Slot, nbytes: int | None = None) -> torch.Tensor:
+        """torch.uint8 [nbytes] view of the payload, zero-copy, on the slab's device."""
+        return self.memory.torch_view(slot.payload_offset, self._length(slot, nbytes))
+
+    def header(self, slot: Slot) -> Header | None:
+        """Read the slot's header; None while it is void."""
+        return Header.unpack(self.memory.read(slot.offset, HEADER_BYTES))
+
+    # --- inside, with the lock held ---------------------------------------------------------------
+
+    def _is_reduced(self, nbytes: int) -> bool:
+        return self.reduced_payload_bytes is not None and nbytes <= self.reduced_payload_bytes
+
+    def _length(self, slot: Slot, nbytes: int | None) -> int:
+        if nbytes is None:
+            return slot.payload_bytes
+        if not 0 <= nbytes <= slot.payload_bytes:
+            raise ValueError(f"{nbytes} bytes of a slot of {slot.payload_bytes}")
+        return nbytes
+
+    def _offset(self, unit: int) -> int:
+        return (unit >> 1) * self.stride_bytes + (unit & 1) * (self.stride_bytes // 2)
+
+    def _unit_bytes(self, unit: int) -> int:
+        return self.stride_bytes // 2 if self._parts[unit >> 1] == 2 else self.stride_bytes
+
+    def _take(self, *, reduced: bool) -> int | None:
+        if reduced and self._free_halves:
+            return self._free_halves.popleft()
+        if not self._free:
+            return None
+        index = self._free.popleft()
+        self._parts[index] = 2 if reduced else 1
+        if reduced:
+            self._free_halves.append(2 * index + 1)
+        return 2 * index
+
+    def _release(self, unit: int) -> None:
+        self._used_bytes -= self._unit_bytes(unit)
+        self._state[unit] = SlotState.FREE
+        self._pins[unit] = 0
+        index = unit >> 1
+        if self._parts[index] == 2 and self._state[unit ^ 1] is not SlotState.FREE:
+            self._free_halves.append(unit)
+            return
+        if self._parts[index] == 2:
+            self._free_halves.remove(unit ^ 1)
+        self._parts[index] = 0
+        self._free.append(index)
+
+    def _give_back(self, slot: Slot, state: SlotState, move: str) -> None:
+        with self._lock:
+            self._require(slot, state, move)
+            self.memory.write(slot.offset, VOID)  # a foreign header may have landed
+            self._release(slot.unit)
+
+    def _require(self, slot: Slot, state: SlotState, move: str) -> None:
+        if self._serial[slot.unit] != slot.serial or self._state[slot.unit] is not state:
+            raise self._illegal(slot, move)
+
+    def _illegal(self, slot: Slot, move: str) -> InvalidTransition:
+        now = (
+            self._state[slot.unit].name
+            if self._serial[slot.unit] == slot.serial
+            else "used by another copy"
+        )
+        return InvalidTransition(
+            f"store {self.name!r}: cannot {move} the slot at {slot.offset}, it is {now}",
+            remedy="this is a bug in hotset; please report it with the journal",
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError that says what is wrong; for tests and debugging."""
+        with self._lock:
+            wrong = [text for text, bad in self._findings() if bad]
+        if wrong:
+            raise AssertionError(f"slab {self.name!r}: " + "; ".join(wrong))
+
+    def _findings(self) -> list[tuple[str, bool]]:
+        states, free, halves = self._state, list(self._free), list(self._free_halves)
+        busy = [u for u, state in enumerate(states) if state is not SlotState.FREE]
+        used = sum(self._unit_bytes(u) for u in busy)
+        live = {u >> 1 for u in busy}
+        beside = {u ^ 1 for u in busy if self._parts[u >> 1] == 2} - set(busy)
+        return [
+            (f"used {self._used_bytes} bytes, counted {used}", used != self._used_bytes),
+            (f"used {used} bytes of {self.capacity_bytes}", used > self.capacity_bytes),
+            ("a super-slot is free twice", len(free) != len(set(free))),
+            (
+                "free and used super-slots are not all",
+                live | set(free) != set(range(self.super_slots)),
+            ),
+            ("a super-slot is free and used", bool(live & set(free))),
+            ("a free super-slot has a class", any(self._parts[i] for i in free)),
+            ("a used super-slot has no class", any(not self._parts[i] for i in live)),
+            (
+                "the second part of a full copy is used",
+                any(u & 1 and self._parts[u >> 1] == 1 for u in busy),
+            ),
+            (
+                "the free halves are not those beside reduced copies",
+                sorted(halves) != sorted(beside),
+            ),
+            (
+                "a pin is held on a slot that is neither READY nor DRAINING",
+                any(
+                    pins and states[u] not in {SlotState.READY, SlotState.DRAINING}
+                    for u, pins in enumerate(self._pins)
+                ),
+            ),
+            (
+                "a DRAINING slot has no pin",
+                any(states[u] is SlotState.DRAINING and not self._pins[u] for u in busy),
+            ),
+            (
+                "a READY slot has no valid header",
+                any(states[u] is SlotState.READY and self._header_at(u) is None for u in busy),
+            ),
+            (
+                "a FREE or DRAINING slot has a valid header",
+                any(
+                    self._header_at(u) is not None
+                    for u in range(len(states))
+                    if states[u] is SlotState.DRAINING
+                    or (states[u] is SlotState.FREE and u not in self._shadowed())
+                ),
+            ),
+        ]
+
+    def _shadowed(self) -> set[int]:
+        """Second parts of full-size copies: their offset lies inside a payload."""
+        return {2 * i + 1 for i, parts in enumerate(self._parts) if parts != 2}
+
+    def _header_at(self, unit: int) -> Header | None:
+        return Header.unpack(self.memory.read(self._offset(unit), HEADER_BYTES))

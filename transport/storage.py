@@ -1,0 +1,207 @@
+"""Reads byte ranges of files into slots: the way in from storage, tier 4.
+
+Ranges that lie side by side in a file are read by one `preadv` that scatters into their slots,
+whatever the order in which the slots want them; short reads are continued; long ranges are cut so
+that the pool's threads share them. It must not know what the bytes mean.
+
+Invariants: a job ends exactly once, after the last thread has stopped touching its slots; an item
+is good only when every byte of it was read. The pool's threads release the GIL while they read
+and hash.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from hotset.errors import CheckpointError
+from hotset.transport.header import checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hotset.transport.base import FileItem, FileRange
+    from hotset.transport.pacing import Pacer
+    from hotset.transport.slab import Slab
+
+RUN_BYTES: Final = 4 << 20  # one preadv: long enough for the disk, short enough to share
+IOV_MAX: Final = 1024
+
+
+@dataclass(slots=True)
+class FileResult:
+    """What became of one item: an error's text, or the checksum of its payload."""
+
+    error: str = ""
+    checksum: int = 0
+
+
+@dataclass(slots=True)
+class _Run:
+    """Adjacent bytes of one file and where they go; `owners[i]` is the item of `views[i]`."""
+
+    path: str
+    offset: int
+    nbytes: int = 0
+    views: list[memoryview] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+
+
+class StorageJob:
+    """Items under way. `results` may be read once `on_end` was called."""
+
+    def __init__(
+        self, items: Sequence[FileItem], slab: Slab, on_end: Callable[[StorageJob], None]
+    ) -> None:
+        """Lay out the destinations; on device memory they are host buffers copied at the end."""
+        self.items = items
+        self.slab = slab
+        self.results = [FileResult() for _ in items]
+        self.cancelled = False  # runs that have not begun are skipped
+        self.on_end = on_end
+        self.lock = threading.Lock()
+        sizes = [sum(r.nbytes for r in item.ranges) for item in items]
+        self.views = [
+            slab.payload(item.dest, size) if slab.device == "cpu" else memoryview(bytearray(size))
+            for item, size in zip(items, sizes, strict=True)
+        ]
+        self.runs = plan_runs([item.ranges for item in items], self.views)
+        self.left = [0] * len(items)
+        for run in self.runs:
+            for owner in set(run.owners):
+                self.left[owner] += 1
+        self.runs_left = len(self.runs)
+
+
+def plan_runs(ranges: Sequence[Sequence[FileRange]], views: Sequence[memoryview]) -> list[_Run]:
+    """Sort all pieces by place, join neighbours up to RUN_BYTES, cut what is longer."""
+    pieces: list[tuple[str, int, memoryview, int]] = []
+    for owner, (parts, view) in enumerate(zip(ranges, views, strict=True)):
+        at = 0
+        for part in parts:
+            for cut in range(0, part.nbytes, RUN_BYTES):
+                size = min(RUN_BYTES, part.nbytes - cut)
+                pieces.append((part.path, part.offset + cut, view[at : at + size], owner))
+                at += size
+    runs: list[_Run] = []
+    for path, offset, view, owner in sorted(pieces, key=lambda piece: piece[:2]):
+        last = runs[-1] if runs else None
+        joins = (
+            last is not None
+            and last.path == path
+            and last.offset + last.nbytes == offset
+            and last.nbytes + view.nbytes <= RUN_BYTES
+            and len(last.views) < IOV_MAX
+        )
+        if last is None or not joins:
+            last = _Run(path, offset)
+            runs.append(last)
+        last.nbytes += view.nbytes
+        last.views.append(view)
+        last.owners.append(owner)
+    return runs
+
+
+class StorageReader:
+    """Reads files with a small pool of threads; open files are kept until `close`."""
+
+    def __init__(self, *, threads: int = 2, pacer: Pacer | None = None) -> None:
+        """`pacer` emulates a slower disk; the engine that uses this reader applies it."""
+        self.pacer = pacer
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hotset-storage")
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def submit(
+        self, items: Sequence[FileItem], slab: Slab, on_end: Callable[[StorageJob], None]
+    ) -> StorageJob:
+        """Start reading; `on_end(job)` is called once on a thread of the pool (or here if empty).
+
+        Errors are texts in `job.results`. Raises ValueError when ranges exceed their slot.
+        """
+        job = StorageJob(items, slab, on_end)
+        if not job.runs:
+            for owner in range(len(items)):
+                self._close_item(job, owner)
+            on_end(job)
+        for run in job.runs:
+            self._pool.submit(self._carry_out, job, run)
+        return job
+
+    def read_ranges(self, ranges: Sequence[FileRange], into: memoryview) -> None:
+        """Read ranges back to back into `into`, on this thread. Raises CheckpointError."""
+        for run in plan_runs([ranges], [into]):
+            error = self._read(run)
+            if error:
+                raise CheckpointError(error, remedy="download the file again")
+
+    def close(self) -> None:
+        """Wait for the jobs that run, then close the files."""
+        self._pool.shutdown(wait=True)
+        with self._lock:
+            for handle in self._files.values():
+                os.close(handle)
+            self._files.clear()
+
+    def _carry_out(self, job: StorageJob, run: _Run) -> None:
+        error = "cancelled" if job.cancelled else self._read(run)
+        complete: list[int] = []
+        with job.lock:
+            for owner in set(run.owners):
+                job.results[owner].error = job.results[owner].error or error
+                job.left[owner] -= 1
+                if job.left[owner] == 0:
+                    complete.append(owner)
+        for owner in complete:
+            self._close_item(job, owner)
+        with job.lock:
+            job.runs_left -= 1
+            last = job.runs_left == 0
+        if last:
+            job.on_end(job)
+
+    def _close_item(self, job: StorageJob, owner: int) -> None:
+        """Hash a complete item and bring it to its device, while it is still in the cache."""
+        result = job.results[owner]
+        if result.error or job.cancelled:
+            return
+        result.checksum = checksum(job.views[owner])
+        if job.slab.device != "cpu":
+            job.slab.write_payload(job.items[owner].dest, job.views[owner])
+
+    def _read(self, run: _Run) -> str:
+        """Read one run; '' or what went wrong."""
+        try:
+            handle = self._open(run.path)
+            return _read_all(handle, run)
+        except OSError as error:
+            return f"cannot read {run.path} ({error.strerror})"
+
+    def _open(self, path: str) -> int:
+        handle = self._files.get(path)
+        if handle is not None:
+            return handle
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[path]
+
+
+def _read_all(handle: int, run: _Run) -> str:
+    views, offset, left = list(run.views), run.offset, run.nbytes
+    while left:
+        count = os.preadv(handle, views, offset)
+        if count == 0:
+            size = os.fstat(handle).st_size
+            return f"{run.path} is truncated: it has {size} bytes, {run.offset + run.nbytes} needed"
+        offset += count
+        left -= count
+        while left and count >= views[0].nbytes:
+            count -= views[0].nbytes
+            del views[0]
+        if left and count:
+            views[0] = views[0][count:]
+    return ""
