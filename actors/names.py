@@ -132,7 +132,7 @@ SPAN_WAIT = Span(
 SPAN_DISPATCH = Span(
     name="hotset.dispatch",
     meaning="tokens went to a peer that has the expert, and its result came back",
-    attributes=(SOURCE, SOURCE_TIER, LAYER, INDEX, CODE, NBYTES, REQUEST),
+    attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES, REQUEST),
 )
 SPANS = (SPAN_PLAN, SPAN_TRANSFER, SPAN_STEP, SPAN_LAYER, SPAN_WAIT, SPAN_DISPATCH)
 

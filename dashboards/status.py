@@ -90,5 +90,5 @@ def render_why(
 
 
 def why_json(block: BlockId, *, story: Sequence[StoryLine], copies: Sequence[Copy]) -> str:
-    """The same as one line of JSON: `block`, `copies`, `story`."""
+    """One line of JSON with `block`, `copies` and `story`."""
     raise NotImplementedError
