@@ -155,6 +155,7 @@ class StoreDraining:
 
     now_ns: int
     store: str
+    incarnation: int = 0  # 0: whichever is current
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,24 +180,30 @@ class CopyLanded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyDropped:
-    """A store freed its copy."""
+    """A store freed its copy. `incarnation` and `generation` of 0 mean the current one."""
 
     now_ns: int
     store: str
     block: BlockId
     format: Format
     reason: Reason
+    incarnation: int = 0
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferFailed:
-    """A transfer that the brain had asked for ended without a copy."""
+    """A transfer that the brain had asked for ended without a copy.
+
+    `reason` is VETO_MEMORY when the store had no room, STALE, TIMEOUT or LOST otherwise.
+    """
 
     now_ns: int
     store: str
     block: BlockId
     format: Format
     reason: Reason
+    incarnation: int = 0  # 0: whichever is current
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,93 @@
+"""Every number that steers the policies, with its unit and the reason for its default.
+
+Decides nothing and must not know who reads it. All values are plain ints and floats, so that a
+journal can carry them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from hotset.errors import ConfigError
+from hotset.policies.types import Format
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyConfig:
+    """Steers the caching of one device."""
+
+    half_life_steps: float = 12.0
+    """Passes over the model after which a use counts half."""
+    prefetch_depth: int = 1
+    """Layers ahead for which prefetches are proposed; 0 turns the predictor off."""
+    prefetch_per_layer: int = 4
+    """Most prefetches proposed for one layer ahead in one pass."""
+    prefetch_min_probability: float = 0.15
+    """Candidates below this expected use are not worth a transfer."""
+    prefetch_gain: float = 1.5
+    """A candidate must be this many times as likely as the copy that it would evict."""
+    dense_ratio: float = 0.5
+    """Above this share of experts touched per layer-step the predictor is off: prediction has
+    nothing left to choose there (numbers: at batch 8 prefetching falls below LRU)."""
+    transition_half_life_steps: float = 4096.0
+    """Passes after which a transition counts half; long, since it is a property of the model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """Steers the brain of the cluster."""
+
+    popularity_half_life_tokens: int = 4096
+    """Tokens after which a routed token counts half. Ageing follows tokens, not time, so an idle
+    cluster forgets nothing."""
+    tick_ns: int = 2_000_000_000
+    """Shortest time between two reconsiderations of the placement."""
+    min_dwell_ns: int = 10_000_000_000
+    """A copy in a pool stays at least this long before a hotter block may take its place."""
+    min_gain_ratio: float = 1.5
+    """A block must be this many times as popular as the copy that it would displace."""
+    bytes_per_tick: int = 1 << 30
+    """Most bytes that one reconsideration may ask to move between pools."""
+    warm_bytes_in_flight: int = 8 << 30
+    """Most bytes on their way to one store during its first fill."""
+    retry_ns: int = 10_000_000_000
+    """Wait before a transfer that failed is asked for again."""
+    transfer_timeout_ns: int = 120_000_000_000
+    """A transfer that nobody reported on for this long is taken for failed."""
+    max_host_copies: int = 2
+    """Most copies of one hot block over all host pools."""
+    replicate_ratio: float = 4.0
+    """A block is worth a second host copy when it is this many times as popular as the mean."""
+    hbm_reduced_ratio: float = 0.0
+    """Share of a worker's memory that the brain offers to reduced copies of cooler blocks."""
+    floor: Mapping[int, Format] = field(default_factory=lambda: MappingProxyType({}))
+    """Cheapest format allowed, by layer; layers that are absent take `default_floor`."""
+    default_floor: Format = Format.BF16
+    """Exact mode unless the user allows less."""
+    slot_header_bytes: int = 64
+    """Bytes in front of each payload in a store."""
+    slot_align_bytes: int = 64
+    """Slots start at multiples of this."""
+    story_lines: int = 32
+    """Lines kept of each block's story."""
+    changes_kept: int = 65_536
+    """Changes of the directory kept for deltas; readers further behind get the whole."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        if self.min_gain_ratio < 1 or not 0 <= self.hbm_reduced_ratio <= 1:
+            raise ConfigError(
+                f"min_gain_ratio {self.min_gain_ratio} or hbm_reduced_ratio "
+                f"{self.hbm_reduced_ratio} is out of range",
+                remedy="min_gain_ratio is at least 1, hbm_reduced_ratio lies in 0..1",
+            )
+        if self.popularity_half_life_tokens < 8:
+            raise ConfigError(
+                f"popularity_half_life_tokens {self.popularity_half_life_tokens} is too short",
+                remedy="use at least 8 tokens",
+            )

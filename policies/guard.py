@@ -1,0 +1,116 @@
+"""The guardrail: what no efficiency decision may do.
+
+Decides only refusals. Must not know why something was wanted. Each check returns None (allowed)
+or a `Refusal` that names the bound, so that a veto can always be explained.
+Invariants: no format below its layer's floor, no drop of the last verified copy, no store over
+its budget in any intermediate state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hotset.policies.types import BlockId, Copy, Format, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+QUALITY: Mapping[Format, int] = {
+    Format.BF16: 100,
+    Format.BF16Z: 100,
+    Format.FP8: 80,
+    Format.INT8: 80,
+    Format.LOWRANK: 50,
+    Format.INT4: 40,
+}
+"""How close a format is to the checkpoint's precision; `bf16z` is lossless, so it equals `bf16`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A refusal and the bound that it protects, in words."""
+
+    reason: Reason
+    bound: str
+
+
+class Guardrail:
+    """The precision floor by layer, the last-copy rule and the budgets."""
+
+    def __init__(
+        self,
+        *,
+        floor: Mapping[int, Format] | None = None,
+        default_floor: Format = Format.BF16,
+        storage_is_verified: bool = True,
+    ) -> None:
+        """`floor[layer]` is the cheapest format allowed there, `default_floor` elsewhere."""
+        self._floor = dict(floor or {})
+        self._default = default_floor
+        self._storage_is_verified = storage_is_verified
+
+    @classmethod
+    def from_sensitivity(
+        cls, kl_by_layer: Mapping[int, float], *, budget_kl: float, cheap: Format = Format.INT8
+    ) -> Guardrail:
+        """Allow `cheap` in the least sensitive layers whose summed divergence fits `budget_kl`.
+
+        `kl_by_layer[layer]` is the divergence in nats (KL of the next-token distribution) when
+        that layer alone is stored in `cheap`. Layers that were not measured stay at full
+        precision. A budget of 0 is exact mode.
+        """
+        floor: dict[int, Format] = {}
+        spent = 0.0
+        for layer in sorted(kl_by_layer, key=lambda layer: (kl_by_layer[layer], layer)):
+            spent += max(kl_by_layer[layer], 0.0)
+            if budget_kl <= 0 or spent > budget_kl:
+                break
+            floor[layer] = cheap
+        return cls(floor=floor)
+
+    def floor(self, layer: int) -> Format:
+        """Return the cheapest format that `layer` may use."""
+        return self._floor.get(layer, self._default)
+
+    def check_demotion(self, block: BlockId, form: Format) -> Refusal | None:
+        """Say whether `block` may be computed with in `form`."""
+        floor = self.floor(block.layer)
+        if QUALITY[form] >= QUALITY[floor]:
+            return None
+        return Refusal(
+            reason=Reason.VETO_PRECISION,
+            bound=f"layer {block.layer} has the precision floor {floor.value}, "
+            f"{form.value} is below it",
+        )
+
+    def check_drop(
+        self, block: BlockId, copies: Iterable[Copy], *, going: Copy | None = None
+    ) -> Refusal | None:
+        """Say whether `going` may be dropped, given all `copies` of the block (it included)."""
+        if self._storage_is_verified:
+            return None
+        left = sum(
+            1 for copy in copies if going is None or (copy.store, copy.format) != _key(going)
+        )
+        if left > 0:
+            return None
+        return Refusal(
+            reason=Reason.VETO_LAST_COPY,
+            bound=f"block {block} would have no verified copy left, and storage holds none",
+        )
+
+    def check_fit(
+        self, nbytes: int, *, used_bytes: int, capacity_bytes: int, store: str
+    ) -> Refusal | None:
+        """Say whether `nbytes` more fit (`used_bytes` includes what is on its way)."""
+        if used_bytes + nbytes <= capacity_bytes:
+            return None
+        return Refusal(
+            reason=Reason.VETO_MEMORY,
+            bound=f"{store} holds {used_bytes} of {capacity_bytes} bytes, {nbytes} more do not fit",
+        )
+
+
+def _key(copy: Copy) -> tuple[str, Format]:
+    return copy.store, copy.format
