@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BlockReader:
-    """Reads blocks by byte range into the caller's buffer. Files stay open; threads may share it."""
+    """Reads blocks by byte range into the caller's buffer; threads may share one reader."""
 
     def __init__(self, catalog: Catalog) -> None:
         """Open nothing yet."""
@@ -36,7 +36,7 @@ class BlockReader:
 
         Raises CheckpointError when a file ends early or cannot be read.
         """
-        view = memoryview(out.numpy())  # a buffer of bytes, not a tensor of weights
+        view = memoryview(out.numpy().data)  # a buffer of bytes, not a tensor of weights
         place = 0
         for span in self.catalog.ranges(block):
             self._fill(view[place : place + span.nbytes], span)

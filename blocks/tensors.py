@@ -77,15 +77,20 @@ def read_shard(path: Path) -> Shard:
 
 
 def _tensor(name: str, entry: dict[str, object], *, base: int) -> TensorRange:
-    begin, end = entry["data_offsets"]  # type: ignore[misc] # a wrong form raises, as intended
-    shape = entry["shape"]
+    begin, end = _numbers(entry["data_offsets"])
     return TensorRange(
         name=name,
         dtype=str(entry["dtype"]),
-        shape=tuple(int(size) for size in shape),  # type: ignore[attr-defined] # as above
-        offset=base + int(begin),
-        nbytes=int(end) - int(begin),
+        shape=tuple(_numbers(entry["shape"])),
+        offset=base + begin,
+        nbytes=end - begin,
     )
+
+
+def _numbers(value: object) -> list[int]:
+    if not isinstance(value, list):
+        raise TypeError
+    return [int(number) for number in value]
 
 
 def open_shards(directory: Path) -> tuple[Shard, ...]:
