@@ -83,8 +83,8 @@ class Int8Codec(Codec):
     """Symmetric int8 with a scale per output channel.
 
     Payload: for each field, in the layout's order, its int8 values (a bias: its own bytes), then
-    for each matrix its scales; all aligned. Scales are bfloat16 in a bfloat16 model, so that torch takes
-    them for its int8 product, else float32 (float16 would underflow).
+    for each matrix its scales; all aligned. Scales are bfloat16 in a bfloat16 model, so that torch
+    takes them for its int8 product, else float32 (float16 would underflow).
     Error: at most half a scale plus one rounding of the model's type.
     """
 
@@ -203,16 +203,16 @@ def _aligned(nbytes: int) -> int:
 
 
 _CODECS: tuple[Codec, ...] = (FullCodec(), Int8Codec())
-CODECS: dict[Format, Codec] = {codec.name: codec for codec in _CODECS}
+CODECS: dict[Format, Codec] = {each.name: each for each in _CODECS}
 """Codec of each format that can be made here."""
-CODECS_BY_CODE: dict[int, Codec] = {codec.code: codec for codec in _CODECS}
+CODECS_BY_CODE: dict[int, Codec] = {each.code: each for each in _CODECS}
 """Codec of each code in a slot header. Codes are append-only; 0 means none."""
 
 
-def codec_for(name: Format | str) -> Codec:
+def codec(name: Format | str) -> Codec:
     """Find a codec. Raises CheckpointError for a format that has none yet."""
-    codec = CODECS.get(Format(name))
-    if codec is None:
+    found = CODECS.get(Format(name))
+    if found is None:
         known = ", ".join(CODECS)
         raise CheckpointError(f"format {name} cannot be made yet", remedy=f"choose one of {known}")
-    return codec
+    return found
