@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from hotset.dashboards import text as plain
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -62,12 +66,80 @@ class Status:
 
     def to_json(self) -> str:
         """One line of JSON with the fields as keys."""
-        raise NotImplementedError
+        return msgspec.json.encode(self).decode()
+
+
+_STATE_WORDS = {
+    "S1": "full precision",
+    "S2": "reduced",
+    "S3": "compressed",
+    "S4": "staged",
+    "S5": "in storage",
+    "S6": "in flight",
+    "S7": "recomputable",
+}
 
 
 def render(status: Status, *, width: int = 80) -> str:
-    """Plain-text tables, no colour."""
-    raise NotImplementedError
+    """Plain-text tables, no colour, at most `width` columns where names allow."""
+    lines: list[str] = []
+    for label, value in _facts(status):
+        lines += plain.field(label, value, width=width)
+    rows = [_store(one) for one in status.stores]
+    if rows:
+        head = ("store", "tier", "node", "inc", "resident", "of", "full", "blocks")
+        lines += ["", *plain.table(head, rows, left=3)]
+    else:
+        lines += ["", "no store has joined"]
+    by_store = [f"{one.name}: {one.emulated}" for one in status.stores if one.emulated]
+    for flag in (*by_store, *status.emulated):
+        lines += plain.field("EMULATED", flag, width=width)
+    for alert in status.alerts:
+        lines += plain.field("ALERT", alert, width=width)
+    return "\n".join(lines) + "\n"
+
+
+def _facts(status: Status) -> list[tuple[str, str]]:
+    counted = sum(status.states.values())
+    states = ", ".join(
+        f"{count:,} {_STATE_WORDS.get(state, state)} ({state})"
+        for state, count in sorted(status.states.items())
+        if count
+    )
+    agree = "" if counted == status.blocks else f"; MISMATCH: states add up to {counted:,}"
+    vetoes = ", ".join(f"{count:,} {reason}" for reason, count in sorted(status.vetoes.items()))
+    facts = [
+        ("run", f"{status.run} ({status.mode})"),
+        ("model", " ".join(filter(None, (status.model, status.digest and f"[{status.digest}]")))),
+        ("epoch", f"{status.epoch:,}, {plain.human_ns(status.epoch_age_ns)} old"),
+        ("blocks", f"{status.blocks:,}: {states or 'none'}{agree}"),
+        ("requests", f"{status.requests_in_flight:,} in flight, {status.tokens:,} tokens served"),
+        ("stall", plain.human_ns(status.stall_ns)),
+        ("vetoes", vetoes or "none"),
+        ("telemetry", f"{status.dropped:,} rows dropped"),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def _store(one: StoreStatus) -> tuple[str, ...]:
+    formats = ", ".join(f"{count:,} {form}" for form, count in sorted(one.blocks.items()) if count)
+    extra = [formats or "none"]
+    if one.in_flight:
+        extra.append(f"{one.in_flight:,} coming")
+    if one.quarantined_bytes:
+        extra.append(f"{plain.human_bytes(one.quarantined_bytes)} quarantined")
+    if one.state != "ready":
+        extra.append(one.state.upper())
+    return (
+        one.name,
+        one.tier,
+        one.node,
+        str(one.incarnation),
+        plain.human_bytes(one.resident_bytes),
+        plain.human_bytes(one.capacity_bytes),
+        plain.human_ratio(one.resident_bytes / one.capacity_bytes if one.capacity_bytes else None),
+        "; ".join(extra),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +158,34 @@ def render_why(
     block: BlockId, *, story: Sequence[StoryLine], copies: Sequence[Copy], width: int = 80
 ) -> str:
     """Where the block is and how it came there, oldest first."""
-    raise NotImplementedError
+    lines = [f"block {block}: expert {block.index} of layer {block.layer}", ""]
+    if copies:
+        rows = [
+            (copy.store, copy.format.value, plain.human_bytes(copy.nbytes), str(copy.generation),
+             str(copy.incarnation), f"{copy.checksum:016x}")
+            for copy in copies
+        ]  # fmt: skip
+        head = ("copy in", "format", "size", "generation", "inc", "checksum")
+        lines += plain.table(head, rows, left=2)
+    else:
+        lines.append("no copy in any store: it is in storage only")
+    lines.append("")
+    if not story:
+        lines.append("nothing has happened to it yet")
+    last_ns = story[-1].at_ns if story else 0
+    for line in story:
+        age = f"-{plain.human_ns(last_ns - line.at_ns)}" if line.at_ns < last_ns else "last"
+        cause = f", because of {line.cause}" if line.cause else ""
+        said = f"{line.store}: {line.what} ({line.reason}{cause}; epoch {line.epoch})"
+        lines += plain.field(f"{age:>12}", said, width=width, label_width=14)
+    return "\n".join(lines) + "\n"
 
 
 def why_json(block: BlockId, *, story: Sequence[StoryLine], copies: Sequence[Copy]) -> str:
-    """One line of JSON with `block`, `copies` and `story`."""
-    raise NotImplementedError
+    """One line of JSON with `block`, `copies` and `story`; ids of blocks are `layer.expert`."""
+    shown = {
+        "block": str(block),
+        "copies": [{**msgspec.to_builtins(copy), "block": str(copy.block)} for copy in copies],
+        "story": [msgspec.to_builtins(line) for line in story],
+    }
+    return msgspec.json.encode(shown).decode()
