@@ -22,6 +22,10 @@ class Format(StrEnum):
     LOWRANK = "lowrank"
 
 
+FORMAT_CODES = {fmt: code for code, fmt in enumerate(Format, start=1)}
+"""Number of each format in slot headers and rows; `Format` is append-only. 0 means none."""
+
+
 class Tier(IntEnum):
     """How far memory is from compute."""
 

@@ -1,0 +1,223 @@
+"""One store put together: memory, engine, directory, fetcher, membership, telemetry.
+
+The same parts serve a GPU worker and a pool; they differ in what they do with commands and in who
+decides what to keep. Must not know policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import ray
+
+from hotset.actors.batches import RowBatch
+from hotset.actors.directory import Directory
+from hotset.actors.fetcher import Fetcher
+from hotset.actors.membership import NAMESPACE, Callbacks, Membership
+from hotset.actors.messages import Rows, encode
+from hotset.actors.store import Store
+from hotset.blocks.checkpoint import Catalog
+from hotset.policies.types import StoreInfo, Tier
+from hotset.transport.base import LinkProfile  # noqa: TC001 - msgspec reads annotations
+from hotset.transport.engine import Engine
+from hotset.transport.records import Ring
+from hotset.transport.slab import Slab
+from hotset.transport.storage import StorageReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hotset.policies.types import Command
+
+
+class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store is told at birth. `link` is the emulated link that peers read it over."""
+
+    run: str
+    name: str
+    tier: int
+    model: str
+    digest: str
+    capacity_bytes: int
+    reduced_nbytes: int
+    telemetry: str
+    device: str = "cpu"
+    link: LinkProfile | None = None
+    transport: str = "nixl"
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far (`VmHWM`)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def telemetry_name(run: str, node: str) -> str:
+    """Name of a node's telemetry actor."""
+    return f"hotset-{run}-telemetry-{node}"
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counted by the owner of the store, shipped with the rows as growth since the last batch."""
+
+    hits: dict[str, int]
+    queries: int = 0
+    tokens: int = 0
+    stall_ns: int = 0
+
+
+class Assembly:
+    """The parts of one store."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        """Open the catalog, reserve the memory, start the engine. Joins nobody yet."""
+        self.spec = spec
+        self.catalog = Catalog.open(spec.model)
+        self.incarnation = time.time_ns()
+        self.node = ray.get_runtime_context().get_node_id()
+        self.slab = Slab(
+            capacity_bytes=spec.capacity_bytes,
+            slot_payload_bytes=self.catalog.block_nbytes,
+            reduced_payload_bytes=spec.reduced_nbytes,
+            device=spec.device,
+            name=spec.name,
+            incarnation=self.incarnation,
+        )
+        self.ring = Ring()
+        self.engine = Engine(
+            slab=self.slab,
+            backend=_backend(spec),
+            ring=self.ring,
+            name=spec.name,
+            incarnation=self.incarnation,
+            storage=StorageReader(),
+            describe=Catalog.describe,
+            link=spec.link,
+        )
+        self.engine.start()
+        self.directory = Directory(owner=spec.name)
+        self.store = Store(
+            info=StoreInfo(
+                name=spec.name,
+                tier=Tier(spec.tier),
+                node=self.node,
+                incarnation=self.incarnation,
+                capacity_bytes=self.slab.capacity_bytes,
+            ),
+            catalog=self.catalog,
+            slab=self.slab,
+        )
+        self.fetcher = Fetcher(
+            catalog=self.catalog, slab=self.slab, engine=self.engine, directory=self.directory
+        )
+        self.counters = Counters(hits={})
+        self._shipped = Counters(hits={})
+        self._shipped_drops = 0
+        self._telemetry: Any = None
+        self.membership: Membership | None = None
+
+    def join(
+        self,
+        *,
+        command: Callable[[Command], None],
+        gauges: Callable[[], dict[str, float]],
+        drained: Callable[[], None],
+        events: Callable[[], list[Any]] = list,
+    ) -> None:
+        """Join the cluster; returns once the first directory is here."""
+        self.membership = Membership(
+            run=self.spec.run,
+            store=self.store,
+            engine=self.engine,
+            directory=self.directory,
+            callbacks=Callbacks(
+                command=command,
+                gauges=lambda: self._gauges() | gauges(),
+                events=events,
+                drained=drained,
+                fenced=_end_process,
+                beat=self.ship,
+            ),
+        )
+        self.membership.start()
+
+    @property
+    def may_serve(self) -> bool:
+        """Whether this incarnation holds its lease."""
+        return self.membership is not None and self.membership.lease.valid
+
+    def ship(self) -> None:
+        """Send new rows and counters to the node's telemetry actor; never waits."""
+        message = encode(self._rows())
+        with contextlib.suppress(Exception):  # telemetry may be gone; the ring counts the loss
+            if self._telemetry is None:
+                name = self.spec.telemetry
+                self._telemetry = ray.get_actor(name, namespace=NAMESPACE)
+            self._telemetry.ingest.remote(message)
+            return
+        self._telemetry = None
+
+    def flush(self) -> None:
+        """Send what is left and wait until it is written (end of a run)."""
+        message = encode(self._rows())
+        with contextlib.suppress(Exception):
+            telemetry = ray.get_actor(self.spec.telemetry, namespace=NAMESPACE)
+            ray.get(telemetry.ingest.remote(message), timeout=5)
+
+    def _rows(self) -> Rows:
+        rows = self.ring.drain()
+        now, before = self.counters, self._shipped
+        hits = {tier: count - before.hits.get(tier, 0) for tier, count in now.hits.items()}
+        drops, self._shipped_drops = self.ring.dropped - self._shipped_drops, self.ring.dropped
+        batch = RowBatch(
+            store=self.spec.name,
+            tier=Tier(self.spec.tier),
+            rows=rows,
+            names=tuple(self.ring.names()),
+            tiers=self.directory.tiers(),
+            dropped=drops,
+            hits_by_tier=hits,
+            queries=now.queries - before.queries,
+            tokens=now.tokens - before.tokens,
+        )
+        self._shipped = Counters(
+            hits=dict(now.hits), queries=now.queries, tokens=now.tokens, stall_ns=now.stall_ns
+        )
+        return Rows(
+            epoch=self.directory.epoch,
+            batch=batch,
+            resident_bytes=self.slab.used_bytes,
+            capacity_bytes=self.slab.capacity_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            pid=os.getpid(),
+        )
+
+    def _gauges(self) -> dict[str, float]:
+        return {
+            "resident_bytes": self.slab.used_bytes,
+            "quarantined_bytes": self.engine.quarantined_bytes,
+            "in_flight": self.engine.in_flight,
+            "rss_bytes": peak_rss_bytes(),
+        }
+
+
+def _backend(spec: StoreSpec) -> Any:
+    if spec.transport != "nixl":
+        return None  # storage only
+    from hotset.transport.nixl import NixlBackend
+
+    return NixlBackend()
+
+
+def _end_process() -> None:
+    # A successor acts under this store's name; anything done from here on would be wrong.
+    os._exit(3)

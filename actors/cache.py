@@ -1,0 +1,315 @@
+"""A worker's fast memory: the residency policy decides, this module carries out and delivers.
+
+Request threads ask for the experts of a layer; blocks that are not here are fetched once, however
+many requests wait for them, and each waiter gets the block pinned in its own queue. A request that
+finds no slot free waits in line: every pinned slot belongs to a thread that is about to compute it
+and needs nothing else for that, so the line always moves.
+
+Invariants: policy and slab agree on what is here (both change under one lock); a delivered block
+is pinned in both until `done`. Must not know Ray, models or peers' compute.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from hotset.actors.fetcher import Landing, Want
+from hotset.policies.types import BlockId, Format, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from queue import SimpleQueue
+
+    from hotset.actors.fetcher import Fetcher
+    from hotset.actors.store import Store
+    from hotset.policies.residency import LayerPlan, ResidencyPolicy
+    from hotset.transport.slab import Slot
+
+
+class Held(NamedTuple):
+    """An expert that is here and pinned for its receiver, who gives it back with `done`."""
+
+    layer: int
+    expert: int
+    slot: Slot
+    format: Format
+    source: str = ""
+    transfer_id: int = 0
+    reason: Reason = Reason.DEMAND
+
+
+class Lost(NamedTuple):
+    """An expert that no source could deliver."""
+
+    layer: int
+    expert: int
+    error: str
+
+
+Delivery = Held | Lost
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A block on its way (or in line for a slot), and who waits for it."""
+
+    reason: Reason
+    trace: tuple[int, int]
+    parent: int
+    waiters: list[SimpleQueue[Delivery]] = field(default_factory=list)
+
+
+class HotCache:
+    """Blocks in one device's slots, under a residency policy."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        fetcher: Fetcher,
+        policy: ResidencyPolicy,
+        payload_nbytes: dict[Format, int],
+    ) -> None:
+        """`payload_nbytes` is the payload of a block by format (the policy counts whole slots)."""
+        self._store = store
+        self._fetcher = fetcher
+        self._policy = policy
+        self._payload_nbytes = payload_nbytes
+        self._flights: dict[BlockId, _Flight] = {}
+        self._line: deque[BlockId] = deque()
+        self._lock = threading.Lock()
+
+    # --- request threads ------------------------------------------------------------------------
+
+    def begin(  # noqa: PLR0913 - one layer of one step
+        self,
+        layer: int,
+        experts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        step: int,
+        request: int,
+        inbox: SimpleQueue[Delivery],
+    ) -> tuple[list[Held], LayerPlan]:
+        """Pin what is here, join what is coming, and say what is missing or worth a prefetch.
+
+        Each expert of `plan.arriving` will be delivered to `inbox` exactly once.
+        """
+        with self._lock:
+            plan = self._policy.routed(layer, experts, counts, step=step, request=request)
+            held = [self._hold(layer, expert) for expert in plan.resident]
+            for expert in plan.arriving:
+                self._flights[BlockId(layer, expert)].waiters.append(inbox)
+        return held, plan
+
+    def fetch(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        inbox: SimpleQueue[Delivery],
+        trace: tuple[int, int],
+        parent: int,
+    ) -> None:
+        """Bring missing experts here; each is delivered to `inbox` exactly once."""
+        wants: list[Want] = []
+        with self._lock:
+            for expert in experts:
+                block = BlockId(layer, expert)
+                flight = self._flights.get(block)
+                if flight is not None:
+                    flight.waiters.append(inbox)
+                elif self._policy.format(layer, expert) is not None:
+                    inbox.put(self._hold(layer, expert))
+                else:
+                    flight = _Flight(reason=Reason.DEMAND, trace=trace, parent=parent)
+                    flight.waiters.append(inbox)
+                    self._flights[block] = flight
+                    self._admit_or_queue(block, flight, wants)
+        self._fetcher.start(wants)
+
+    def prefetch(
+        self,
+        blocks: Sequence[tuple[int, int]],
+        *,
+        reason: Reason = Reason.PREFETCH,
+        trace: tuple[int, int] = (0, 0),
+        parent: int = 0,
+    ) -> None:
+        """Start bringing blocks here that nobody waits for; those without room are left out."""
+        wants: list[Want] = []
+        with self._lock:
+            if self._line:
+                return  # somebody waits for a slot
+            for layer, expert in blocks:
+                block = BlockId(layer, expert)
+                if block in self._flights or self._policy.format(layer, expert) is not None:
+                    continue
+                flight = _Flight(reason=reason, trace=trace, parent=parent)
+                want = self._admit(block, flight, evict=reason is not Reason.WARM)
+                if want is None:
+                    break
+                self._flights[block] = flight
+                wants.append(want)
+        self._fetcher.start(wants)
+
+    def done(self, held: Held) -> None:
+        """Give a pin back; a block in line may take the slot."""
+        with self._lock:
+            self._policy.unpin(held.layer, held.expert)
+            self._store.unpin(held.slot)
+            wants = self._serve_line()
+        self._fetcher.start(wants)
+
+    def hold(self, layer: int, expert: int) -> Held | None:
+        """Pin an expert for a peer's tokens, if it is here."""
+        with self._lock:
+            if self._policy.format(layer, expert) is None:
+                return None
+            return self._hold(layer, expert)
+
+    # --- controller's commands ------------------------------------------------------------------
+
+    def drop(self, block: BlockId, *, reason: Reason) -> bool:
+        """Free a block unless somebody computes with it right now."""
+        with self._lock:
+            fmt = self._policy.format(block.layer, block.index)
+            if fmt is None or block in self._flights:
+                return False
+            if self._store.slab.pins(self._slot(block, fmt)):
+                return False
+            self._drop(block, fmt, reason)
+            wants = self._serve_line()
+        self._fetcher.start(wants)
+        return True
+
+    def replace(self, held: Held, fmt: Format, payload: memoryview) -> bool:
+        """Put another format of a held block in its place; takes the hold back.
+
+        False, and nothing changed, when somebody else holds the block too.
+        """
+        block = BlockId(held.layer, held.expert)
+        with self._lock:
+            self._policy.unpin(held.layer, held.expert)
+            alone = self._store.slab.pins(held.slot) == 1
+            self._store.unpin(held.slot)
+            if not alone:
+                return False
+            self._store.drop(block, held.format, reason=Reason.DEMOTE)
+            slot = self._store.slab.allocate(len(payload))
+            assert slot is not None, "a smaller copy fits where the larger one was"  # noqa: S101 - own bug
+            self._store.fill(slot, payload, block=block, fmt=fmt)
+            self._policy.demoted(held.layer, held.expert, fmt)
+            wants = self._serve_line()
+        self._fetcher.start(wants)
+        return True
+
+    # --- engine's thread ------------------------------------------------------------------------
+
+    def _landed(self, landing: Landing) -> None:
+        layer, expert = landing.block.layer, landing.block.index
+        with self._lock:
+            flight = self._flights[landing.block]
+            if landing.slot is None:
+                self._policy.failed(layer, expert)
+                wants = self._fail(landing, flight)
+            else:
+                del self._flights[landing.block]
+                self._store.adopt(landing)
+                self._policy.landed(layer, expert)
+                for inbox in flight.waiters:
+                    self._policy.pin(layer, expert)
+                    self._store.slab.pin(landing.slot)
+                    inbox.put(
+                        Held(
+                            layer=layer,
+                            expert=expert,
+                            slot=landing.slot,
+                            format=landing.format,
+                            source=landing.source,
+                            transfer_id=landing.transfer_id,
+                            reason=flight.reason,
+                        )
+                    )
+                self._store.unpin(landing.slot)  # the pin that it arrived with
+                wants = self._serve_line()
+        self._fetcher.start(wants)
+
+    def _fail(self, landing: Landing, flight: _Flight) -> list[Want]:
+        if landing.no_slot and flight.waiters:
+            self._line.appendleft(landing.block)
+            return self._serve_line()
+        del self._flights[landing.block]
+        for inbox in flight.waiters:
+            inbox.put(Lost(landing.block.layer, landing.block.index, landing.error))
+        return self._serve_line()
+
+    # --- under the lock -------------------------------------------------------------------------
+
+    def _hold(self, layer: int, expert: int) -> Held:
+        fmt = self._policy.format(layer, expert)
+        assert fmt is not None  # noqa: S101 - the caller has asked
+        slot = self._store.pin(BlockId(layer, expert), fmt)
+        assert slot is not None, "policy and store disagree"  # noqa: S101 - own bug
+        self._policy.pin(layer, expert)
+        return Held(layer=layer, expert=expert, slot=slot, format=fmt)
+
+    def _slot(self, block: BlockId, fmt: Format) -> Slot:
+        slot = self._store.pin(block, fmt)
+        assert slot is not None, "policy and store disagree"  # noqa: S101 - own bug
+        self._store.unpin(slot)
+        return slot
+
+    def _drop(self, block: BlockId, fmt: Format, reason: Reason) -> None:
+        self._policy.dropped(block.layer, block.index, reason=reason)
+        self._store.drop(block, fmt, reason=reason)
+
+    def _admit_or_queue(self, block: BlockId, flight: _Flight, wants: list[Want]) -> None:
+        want = None if self._line else self._admit(block, flight, evict=True)
+        if want is None:
+            self._line.append(block)
+        else:
+            wants.append(want)
+
+    def _admit(self, block: BlockId, flight: _Flight, *, evict: bool) -> Want | None:
+        """Make room and claim a slot; None when everything is pinned or on its way."""
+        fmt = Format.BF16
+        want_bytes = self._policy.nbytes(fmt)
+        slot = None
+        while slot is None:
+            if self._policy.room(want_bytes):
+                slot = self._store.slab.allocate(self._payload_nbytes[fmt])
+                if slot is not None:
+                    break
+                # Room by the books, but halves of slots lie apart or a slot is in quarantine.
+                want_bytes = self._policy.capacity_bytes + 1
+            victim = self._policy.victim(want_bytes) if evict else None
+            if victim is None:
+                return None
+            self._drop(BlockId(victim.layer, victim.expert), victim.format, Reason.EVICT)
+            want_bytes = self._policy.nbytes(fmt)
+        self._policy.in_flight(block.layer, block.index, fmt, flight.reason)
+        return Want(
+            block=block,
+            format=fmt,
+            slot=slot,
+            nbytes=self._payload_nbytes[fmt],
+            on_end=self._landed,
+            reason=flight.reason,
+            trace=flight.trace,
+            parent=flight.parent,
+        )
+
+    def _serve_line(self) -> list[Want]:
+        wants: list[Want] = []
+        while self._line:
+            block = self._line[0]
+            want = self._admit(block, self._flights[block], evict=True)
+            if want is None:
+                break
+            self._line.popleft()
+            wants.append(want)
+        return wants

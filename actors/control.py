@@ -1,0 +1,320 @@
+"""The controller's core: messages in, replies out, with the brain in the middle and a journal.
+
+Stores call, the controller answers; it never calls a store. A reply to a heartbeat carries lease,
+directory changes, peers and commands. So a controller that dies takes nothing with it: stores go
+on with their last directory, a successor replays the journal for epochs, popularity and stories,
+and every store that it does not know joins again with its whole inventory.
+
+Must not know Ray or how the brain decides. Every event is journalled before the brain handles it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hotset.actors.frames import read_frames
+from hotset.actors.journal import JournalWriter
+from hotset.actors.lease import LEASE_NS
+from hotset.actors.messages import Heartbeat, HeartbeatReply, Join, Member, pack, unpack_event
+from hotset.errors import StaleEpochError
+from hotset.policies.brain import ClusterBrain
+from hotset.policies.config import PolicyConfig
+from hotset.policies.types import (
+    BlockId,
+    BlockInfo,
+    Command,
+    DropCopy,
+    Event,
+    Format,
+    PublishEpoch,
+    StartTransfer,
+    State,
+    StoreDraining,
+    StoreInfo,
+    StoreJoined,
+    StoreLost,
+    Tick,
+    Veto,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hotset.transport.base import PeerInfo
+
+DEAD_AFTER_NS = 3_000_000_000
+TICK_NS = 1_000_000_000
+
+
+class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a controller is told at birth; the catalog in numbers, because it opens no files."""
+
+    run: str
+    run_dir: str
+    model: str
+    digest: str
+    layers: tuple[int, ...]
+    num_experts: int
+    nbytes: int
+    reduced_nbytes: int
+    emulated: tuple[str, ...] = ()
+    reduced_ratio: float = 0.0
+    floors: dict[int, str] = msgspec.field(default_factory=dict)
+    default_floor: str = "bf16"
+    mode: str = "active"
+
+
+@dataclass(slots=True)
+class _Seen:
+    store: StoreInfo
+    peer: PeerInfo
+    seen_ns: int
+    draining: bool = False
+    commands: list[Command] = field(default_factory=list)
+    gauges: dict[str, float] = field(default_factory=dict)
+
+
+class ControlCore:
+    """State of the cluster as told by its stores. One thread calls it."""
+
+    def __init__(
+        self, spec: ControlSpec, *, clock_ns: Callable[[], int] = time.time_ns, replay: bool = True
+    ) -> None:
+        """Replay the journal of the run, if there is one, and go on writing to it."""
+        self.spec = spec
+        self._clock_ns = clock_ns
+        self.incarnation = clock_ns()
+        self._brain = ClusterBrain(
+            blocks=tuple(
+                BlockInfo(
+                    block=BlockId(layer, index),
+                    nbytes=spec.nbytes,
+                    reduced_nbytes=spec.reduced_nbytes,
+                )
+                for layer in spec.layers
+                for index in range(spec.num_experts)
+            ),
+            config=PolicyConfig(
+                hbm_reduced_ratio=spec.reduced_ratio,
+                floor={layer: Format(name) for layer, name in spec.floors.items()},
+                default_floor=Format(spec.default_floor),
+            ),
+        )
+        self._members: dict[str, _Seen] = {}
+        self._membership_version = 0
+        self._vetoes: Counter[str] = Counter()
+        self._epoch_ns = self.incarnation
+        self._next_tick_ns = 0
+        self._expected: dict[str, int] = {}  # stores of the journal that have not joined again
+        self.replayed = 0
+        journal = Path(spec.run_dir) / "journal.msgpack"
+        if replay and journal.exists():
+            self._replay(journal)
+        self._journal = JournalWriter(journal)
+
+    # --- calls from stores ----------------------------------------------------------------------
+
+    def join(self, message: Join) -> HeartbeatReply:
+        """A store (or a newer incarnation of it) presents itself."""
+        name, now_ns = message.store.name, self._clock_ns()
+        known = self._members.get(name)
+        if known is not None and known.peer.incarnation > message.store.incarnation:
+            raise StaleEpochError(
+                f"{name} of incarnation {message.store.incarnation} has a successor",
+                remedy="this process must end",
+            )
+        self._members[name] = _Seen(
+            store=message.store,
+            peer=message.peer,
+            seen_ns=now_ns,
+        )
+        self._expected.pop(name, None)
+        self._membership_version += 1
+        self._feed(StoreJoined(now_ns=now_ns, store=message.store, copies=message.copies))
+        return self._reply(name, directory_version=-1, membership_version=-1)
+
+    def heartbeat(self, message: Heartbeat) -> HeartbeatReply:
+        """Events of a store in; its lease, news and commands out."""
+        now_ns = self._clock_ns()
+        member = self._members.get(message.store)
+        if member is None or member.peer.incarnation != message.incarnation:
+            return self._unknown()
+        member.seen_ns = now_ns
+        member.gauges = message.gauges
+        for packed in message.events:
+            self._feed(unpack_event(packed))
+        self._sweep(now_ns)
+        return self._reply(
+            message.store,
+            directory_version=message.directory_version,
+            membership_version=message.membership_version,
+        )
+
+    # --- calls from operators -------------------------------------------------------------------
+
+    def drain(self, name: str) -> bool:
+        """Ask a store to leave; False when there is no such store."""
+        member = self._members.get(name)
+        if member is None:
+            return False
+        member.draining = True
+        self._feed(StoreDraining(now_ns=self._clock_ns(), store=name))
+        return True
+
+    def leave(self, name: str, *, incarnation: int) -> None:
+        """A store has ended in good order (or was seen to be dead)."""
+        member = self._members.get(name)
+        if member is not None and member.peer.incarnation <= incarnation:
+            self._lose(name)
+
+    def status(self) -> dict[str, Any]:
+        """The fields of `dashboards.status.Status`."""
+        now_ns = self._clock_ns()
+        copies = self._brain.directory()
+        holding: dict[str, Counter[str]] = {name: Counter() for name in self._members}
+        resident: Counter[str] = Counter()
+        for copy in copies:
+            if copy.store in holding:
+                holding[copy.store][copy.format.value] += 1
+                resident[copy.store] += copy.nbytes
+        states = Counter(state.value for state in self._brain.states().values())
+        gauges = [member.gauges for member in self._members.values()]
+        return {
+            "run": self.spec.run,
+            "model": self.spec.model,
+            "digest": self.spec.digest,
+            "blocks": len(self.spec.layers) * self.spec.num_experts,
+            "states": {state.value: states.get(state.value, 0) for state in State},
+            "stores": [
+                {
+                    "name": name,
+                    "tier": member.store.tier.name.lower(),
+                    "node": member.store.node,
+                    "incarnation": member.peer.incarnation,
+                    "capacity_bytes": member.store.capacity_bytes,
+                    "resident_bytes": resident[name],
+                    "blocks": dict(holding[name]),
+                    "state": "draining" if member.draining else "ready",
+                    "in_flight": int(member.gauges.get("in_flight", 0)),
+                    "quarantined_bytes": int(member.gauges.get("quarantined_bytes", 0)),
+                    "emulated": "yes" if self.spec.emulated else "",
+                }
+                for name, member in sorted(self._members.items())
+            ],
+            "epoch": self._brain.epoch,
+            "epoch_age_ns": now_ns - self._epoch_ns,
+            "requests_in_flight": int(sum(g.get("requests", 0) for g in gauges)),
+            "tokens": int(sum(g.get("tokens", 0) for g in gauges)),
+            "stall_ns": int(sum(g.get("stall_ns", 0) for g in gauges)),
+            "vetoes": dict(self._vetoes),
+            "emulated": list(self.spec.emulated),
+            "mode": self.spec.mode,
+        }
+
+    def why(self, block: BlockId) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+        """Story and copies of a block."""
+        copies = tuple(copy for copy in self._brain.directory() if copy.block == block)
+        return self._brain.story(block), copies
+
+    def close(self) -> None:
+        """Write the journal out."""
+        self._journal.close()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _feed(self, event: Event) -> None:
+        self._journal.append(msgspec.msgpack.encode(pack(event)))
+        for command in self._brain.handle(event):
+            self._give(command)
+
+    def _give(self, command: Command) -> None:
+        match command:
+            case StartTransfer() | DropCopy():
+                member = self._members.get(command.store)
+                if member is not None and self.spec.mode == "active":
+                    member.commands.append(command)
+            case PublishEpoch():
+                self._epoch_ns = self._clock_ns()
+            case Veto():
+                self._vetoes[command.reason.value] += 1
+            case _:
+                pass  # WakeAt: heartbeats come several times a second and tick for us
+
+    def _sweep(self, now_ns: int) -> None:
+        for name, member in list(self._members.items()):
+            if now_ns - member.seen_ns > DEAD_AFTER_NS:
+                self._lose(name)
+        if self._expected and now_ns - self.incarnation > DEAD_AFTER_NS:
+            for name, incarnation in sorted(self._expected.items()):
+                self._feed(StoreLost(now_ns=now_ns, store=name, incarnation=incarnation))
+            self._expected.clear()
+        if now_ns >= self._next_tick_ns:
+            self._next_tick_ns = now_ns + TICK_NS
+            self._feed(Tick(now_ns=now_ns))
+
+    def _lose(self, name: str) -> None:
+        member = self._members.pop(name)
+        self._membership_version += 1
+        self._feed(
+            StoreLost(now_ns=self._clock_ns(), store=name, incarnation=member.peer.incarnation)
+        )
+
+    def _reply(
+        self, name: str, *, directory_version: int, membership_version: int
+    ) -> HeartbeatReply:
+        member = self._members.get(name)
+        if member is None:
+            return self._unknown()
+        changes = self._brain.changes_since(directory_version)
+        commands, member.commands = member.commands, []
+        news = membership_version != self._membership_version
+        return HeartbeatReply(
+            epoch=self._brain.epoch,
+            known=True,
+            lease_until_ns=self._clock_ns() + LEASE_NS,
+            controller_incarnation=self.incarnation,
+            full=changes.whole,
+            directory_version=changes.version,
+            added=changes.added,
+            removed=changes.removed,
+            membership_version=self._membership_version,
+            members=self._present() if news else None,
+            commands=[pack(command) for command in commands],
+            draining=member.draining,
+        )
+
+    def _present(self) -> tuple[Member, ...]:
+        return tuple(Member(store=m.store, peer=m.peer) for m in self._members.values())
+
+    def _unknown(self) -> HeartbeatReply:
+        return HeartbeatReply(
+            epoch=self._brain.epoch,
+            known=False,
+            lease_until_ns=0,
+            controller_incarnation=self.incarnation,
+            full=False,
+            directory_version=-1,
+            added=(),
+            removed=(),
+            membership_version=-1,
+            members=None,
+            commands=[],
+            draining=False,
+        )
+
+    def _replay(self, journal: Path) -> None:
+        # The commands were given by the predecessor; carrying them out twice would be wrong.
+        for frame in read_frames(journal):
+            event = unpack_event(msgspec.msgpack.decode(frame))
+            self._brain.handle(event)
+            self.replayed += 1
+            if isinstance(event, StoreJoined):
+                self._expected[event.store.name] = event.store.incarnation
+            elif isinstance(event, StoreLost):
+                self._expected.pop(event.store, None)

@@ -1,0 +1,146 @@
+"""A store's view of where copies are: the published directory, and what its links have cost.
+
+The directory is written by the membership thread and read by the token path. It may be stale; that
+is safe, because every read validates what it got. Each block's copies are one immutable tuple, so
+a reader needs no lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hotset.policies.choose import LinkCost
+from hotset.policies.types import STORAGE, BlockId, Copy, Format, Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hotset.policies.directory import CopyKey
+
+# First guesses until a link has been measured: storage is the slowest.
+_FIRST_BYTES_PER_S = 2_000_000_000
+_FIRST_STORAGE_BYTES_PER_S = 800_000_000
+_FIRST_LATENCY_NS = 100_000
+_FIRST_DISPATCH_NS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where to read a block from. `copy` is None for storage."""
+
+    store: str
+    copy: Copy | None
+    cost_ns: int
+
+
+class Directory:
+    """Remote copies by block, and the cost of each link as measured from here."""
+
+    def __init__(self, *, owner: str) -> None:
+        """`owner` is the store whose view this is; its own copies are never listed."""
+        self._owner = owner
+        self._copies: dict[BlockId, tuple[Copy, ...]] = {}
+        self._costs: dict[str, LinkCost] = {}
+        self._dispatch: dict[str, LinkCost] = {}
+        self._tiers: dict[str, Tier] = {}
+        self._lock = threading.Lock()
+        self.epoch = 0
+        self.version = 0
+
+    def replace(self, copies: Iterable[Copy], *, epoch: int, version: int) -> None:
+        """Take a whole directory over."""
+        table: dict[BlockId, tuple[Copy, ...]] = {}
+        for copy in copies:
+            if copy.store != self._owner:
+                table[copy.block] = (*table.get(copy.block, ()), copy)
+        with self._lock:
+            self._copies = table
+            self.epoch = max(self.epoch, epoch)
+            self.version = version
+
+    def change(
+        self, *, added: Iterable[Copy], removed: Iterable[CopyKey], epoch: int, version: int
+    ) -> None:
+        """Apply changes since the last version."""
+        with self._lock:
+            for key in removed:
+                others = self._copies.get(key.block, ())
+                self._copies[key.block] = tuple(c for c in others if not _same(c, key))
+            for copy in added:
+                if copy.store != self._owner:
+                    others = self._copies.get(copy.block, ())
+                    kept = tuple(c for c in others if not _same(c, copy))
+                    self._copies[copy.block] = (*kept, copy)
+            self.epoch = max(self.epoch, epoch)
+            self.version = version
+
+    def forget(self, copy: Copy) -> None:
+        """A read found that this copy is gone; do not try it again until it is published anew."""
+        with self._lock:
+            others = self._copies.get(copy.block, ())
+            self._copies[copy.block] = tuple(c for c in others if c != copy)
+
+    def forget_store(self, store: str, *, incarnation: int) -> None:
+        """A peer's process is gone: none of that incarnation's copies will answer."""
+        with self._lock:
+            for block, copies in self._copies.items():
+                if any(c.store == store and c.incarnation <= incarnation for c in copies):
+                    self._copies[block] = tuple(
+                        c for c in copies if c.store != store or c.incarnation > incarnation
+                    )
+
+    def set_tiers(self, tiers: dict[str, Tier]) -> None:
+        """Tier of each store that is in the cluster now."""
+        self._tiers = dict(tiers)
+
+    def tiers(self) -> dict[str, Tier]:
+        """Tier by store."""
+        return self._tiers
+
+    def tier(self, store: str) -> Tier | None:
+        """Tier of a store, None for storage and for strangers."""
+        return self._tiers.get(store)
+
+    def copies(self, block: BlockId) -> tuple[Copy, ...]:
+        """Copies of a block at other stores, in no order."""
+        return self._copies.get(block, ())
+
+    def cost(self, store: str) -> LinkCost:
+        """Measured cost of reading from a store."""
+        cost = self._costs.get(store)
+        if cost is None:
+            rate = _FIRST_STORAGE_BYTES_PER_S if store == STORAGE else _FIRST_BYTES_PER_S
+            fresh = LinkCost(latency_ns=_FIRST_LATENCY_NS, bytes_per_s=rate)
+            cost = self._costs.setdefault(store, fresh)
+        return cost
+
+    def dispatch(self, store: str) -> LinkCost:
+        """Measured cost of sending tokens to a worker and getting rows back."""
+        cost = self._dispatch.get(store)
+        if cost is None:
+            fresh = LinkCost(latency_ns=_FIRST_DISPATCH_NS, bytes_per_s=_FIRST_BYTES_PER_S)
+            cost = self._dispatch.setdefault(store, fresh)
+        return cost
+
+    def sources(
+        self, block: BlockId, *, fmt: Format, nbytes: int, allow: frozenset[str] | None = None
+    ) -> list[Source]:
+        """Sources of a block in one format, cheapest first; storage stands last or where it is.
+
+        `allow` restricts the stores (a command that names its sources).
+        """
+        found = [
+            Source(store=c.store, copy=c, cost_ns=self.cost(c.store).estimate_ns(nbytes))
+            for c in self._copies.get(block, ())
+            if c.format is fmt and (allow is None or c.store in allow)
+        ]
+        found.append(
+            Source(store=STORAGE, copy=None, cost_ns=self.cost(STORAGE).estimate_ns(nbytes))
+        )
+        return sorted(found, key=lambda source: source.cost_ns)
+
+
+def _same(left: Copy, right: Copy | CopyKey) -> bool:
+    return left.store == right.store and left.format is right.format

@@ -1,0 +1,229 @@
+"""Fetching blocks into a store's slots, from the best source that still has them.
+
+One call may want many blocks: those with the same best source travel in one transfer. A block
+whose copy is stale, whose peer is gone or whose deadline passed goes on to its next source, in a
+fresh slot (the old one is free, or in quarantine). Storage has every block, so a fetch fails only
+when the checkpoint's files fail or the store has no slot left.
+
+Knows catalog, directory and engine; must not know policy, compute or Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hotset.errors import HotsetError
+from hotset.policies.types import FORMAT_CODES, STORAGE, BlockId, Format, Reason
+from hotset.transport.base import Expect, FileItem, FileRange, ReadItem, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hotset.actors.directory import Directory, Source
+    from hotset.blocks.checkpoint import Catalog
+    from hotset.transport.base import ItemResult, Outcome
+    from hotset.transport.engine import Engine
+    from hotset.transport.slab import Slab, Slot
+
+# A transfer gets 2 s and a tenth of the rate that its link has shown (numbers: peers that stop
+# never report an error, so only the deadline ends the wait).
+_DEADLINE_FLOOR_NS = 2_000_000_000
+_DEADLINE_FACTOR = 10
+# Small blocks share a transfer; a larger batch would make its first block wait for its last.
+_BATCH_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landing:
+    """How the fetch of one block ended: `slot` is READY and pinned once, or None with `error`.
+
+    `no_slot`: it failed only because the store had no slot left for the next source.
+    """
+
+    block: BlockId
+    format: Format
+    slot: Slot | None
+    nbytes: int
+    checksum: int
+    generation: int
+    source: str
+    transfer_id: int
+    reason: Reason
+    error: str = ""
+    no_slot: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Want:
+    """One block on its way: its slot now, and the sources not yet tried."""
+
+    block: BlockId
+    format: Format
+    slot: Slot
+    nbytes: int
+    on_end: Callable[[Landing], None]
+    reason: Reason
+    trace: tuple[int, int] = (0, 0)
+    parent: int = 0
+    allow: frozenset[str] | None = None
+    sources: list[Source] = field(default_factory=list)
+    attempts: int = 0
+    first_transfer_id: int = 0
+
+
+class Fetcher:
+    """Starts reads, follows them through their sources, reports each block's end once."""
+
+    def __init__(
+        self, *, catalog: Catalog, slab: Slab, engine: Engine, directory: Directory
+    ) -> None:
+        """All four belong to the same store."""
+        self._catalog = catalog
+        self._slab = slab
+        self._engine = engine
+        self._directory = directory
+        self._checksums: dict[BlockId, int] = {}
+        self.bytes_by_link: dict[str, int] = {}
+
+    def start(self, wants: Sequence[Want]) -> None:
+        """Send the blocks on their way; every `on_end` is called exactly once, on any thread."""
+        groups: dict[str, list[Want]] = {}
+        for want in wants:
+            if not want.sources:
+                want.sources = self._directory.sources(
+                    want.block, fmt=want.format, nbytes=want.nbytes, allow=want.allow
+                )
+                if want.format is not Format.BF16:
+                    want.sources = [s for s in want.sources if s.copy is not None]
+            if want.sources:
+                groups.setdefault(want.sources[0].store, []).append(want)
+            else:
+                self._slab.fail(want.slot)
+                self._end(want, None, source="", transfer_id=0, error="no source has it")
+        for store, group in groups.items():
+            size = max(1, _BATCH_BYTES // group[0].nbytes)
+            for first in range(0, len(group), size):
+                self._post(store, group[first : first + size])
+
+    def _post(self, store: str, group: list[Want]) -> None:
+        nbytes = sum(want.nbytes for want in group)
+        estimate = self._directory.cost(store).estimate_ns(nbytes)
+        deadline = time.monotonic_ns() + _DEADLINE_FLOOR_NS + _DEADLINE_FACTOR * estimate
+        first = group[0]
+        try:
+            if store == STORAGE:
+                ticket = self._engine.read_files(
+                    [self._file_item(want) for want in group],
+                    deadline_ns=deadline, trace=first.trace, parent=first.parent,
+                    reason=first.reason.value,
+                )  # fmt: skip
+            else:
+                ticket = self._engine.read(
+                    store, [self._read_item(want) for want in group],
+                    deadline_ns=deadline, trace=first.trace, parent=first.parent,
+                    reason=first.reason.value,
+                )  # fmt: skip
+        except HotsetError as error:
+            for want in group:
+                self._slab.fail(want.slot)
+                self._next_source(want, transfer_id=0, error=str(error))
+            return
+        for offset, want in enumerate(group):
+            want.first_transfer_id = ticket.transfer_id + offset
+        ticket.add_callback(lambda outcome: self._landed(store, group, outcome))
+
+    def _landed(self, store: str, group: list[Want], outcome: Outcome) -> None:
+        if outcome.status is Status.DONE:
+            busy_ns = outcome.wire_ns + outcome.verify_ns
+            self._directory.cost(store).observe(nbytes=outcome.nbytes, elapsed_ns=busy_ns)
+        for offset, (want, item) in enumerate(zip(group, outcome.items, strict=True)):
+            transfer_id = outcome.transfer_id + offset
+            if item.status is Status.DONE:
+                self._count(store, want.nbytes)
+                if want.format is Format.BF16:
+                    self._checksums.setdefault(want.block, item.checksum)
+                self._end(want, item, source=store, transfer_id=transfer_id)
+            else:
+                self._learn(want, item)
+                error = item.error or item.status.value
+                self._next_source(want, transfer_id=transfer_id, error=error)
+
+    def _learn(self, want: Want, item: ItemResult) -> None:
+        copy = want.sources[0].copy
+        if copy is None:
+            return
+        if item.status is Status.STALE:
+            self._directory.forget(copy)
+        elif item.status in {Status.FAILED, Status.TIMED_OUT}:
+            self._directory.forget_store(copy.store, incarnation=copy.incarnation)
+
+    def _next_source(self, want: Want, *, transfer_id: int, error: str) -> None:
+        want.sources = want.sources[1:]
+        want.attempts += 1
+        slot = self._slab.allocate(want.nbytes) if want.sources else None
+        if slot is None:
+            no_slot = bool(want.sources)
+            self._end(want, None, source="", transfer_id=transfer_id, error=error, no_slot=no_slot)
+            return
+        want.slot = slot
+        self._post(want.sources[0].store, [want])
+
+    def _end(  # noqa: PLR0913 - the parts of a landing, by keyword
+        self,
+        want: Want,
+        item: ItemResult | None,
+        *,
+        source: str,
+        transfer_id: int,
+        error: str = "",
+        no_slot: bool = False,
+    ) -> None:
+        want.on_end(
+            Landing(
+                block=want.block,
+                format=want.format,
+                slot=None if item is None else item.dest,
+                nbytes=want.nbytes,
+                checksum=0 if item is None else item.checksum,
+                generation=0 if item is None else item.generation,
+                source=source,
+                transfer_id=transfer_id,
+                reason=want.reason,
+                error=error,
+                no_slot=no_slot,
+            )
+        )
+
+    def _count(self, store: str, nbytes: int) -> None:
+        # Called on the engine's owner thread only, so a plain dict is enough.
+        self.bytes_by_link[store] = self.bytes_by_link.get(store, 0) + nbytes
+
+    def _read_item(self, want: Want) -> ReadItem:
+        copy = want.sources[0].copy
+        assert copy is not None  # noqa: S101 - storage goes through read_files
+        expect = Expect(
+            key=self._catalog.key(want.block),
+            format_code=FORMAT_CODES[want.format],
+            nbytes=copy.nbytes,
+            generation=copy.generation,
+            checksum=copy.checksum,
+            incarnation=copy.incarnation,
+        )
+        return ReadItem(remote_offset=copy.offset, dest=want.slot, expect=expect)
+
+    def _file_item(self, want: Want) -> FileItem:
+        return FileItem(
+            ranges=tuple(
+                FileRange(path=span.path, offset=span.offset, nbytes=span.nbytes)
+                for span in self._catalog.ranges(want.block)
+            ),
+            dest=want.slot,
+            expect=Expect(
+                key=self._catalog.key(want.block),
+                format_code=FORMAT_CODES[want.format],
+                nbytes=self._catalog.block_nbytes,
+                checksum=self._checksums.get(want.block),
+            ),
+        )

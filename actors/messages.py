@@ -1,0 +1,213 @@
+"""What actors say to each other: msgspec structs in MessagePack, one envelope for all.
+
+Every message carries the epoch that its sender believes in, an absolute wall-clock deadline and a
+W3C traceparent. The receiver refuses what is older than its own epoch where that matters and drops
+what is past its deadline. Decoding is strict: an unknown field or a wrong type is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from hotset.actors.batches import RowBatch  # noqa: TC001 - msgspec reads annotations
+from hotset.policies.directory import CopyKey  # noqa: TC001 - msgspec reads annotations
+from hotset.policies.types import (
+    BlockId,
+    Command,
+    Copy,
+    CopyDropped,
+    CopyLanded,
+    DropCopy,
+    Event,
+    Format,
+    PublishEpoch,
+    Reason,
+    RouterCounts,
+    StartTransfer,
+    StoreDraining,
+    StoreInfo,
+    StoreJoined,
+    StoreLost,
+    Tick,
+    TransferFailed,
+    Veto,
+    WakeAt,
+)
+from hotset.transport.base import PeerInfo  # noqa: TC001 - msgspec reads annotations
+
+_EVENTS: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        StoreJoined, StoreLost, StoreDraining, RouterCounts,
+        CopyLanded, CopyDropped, TransferFailed, Tick,
+    )
+}  # fmt: skip
+_COMMANDS: dict[str, type[Any]] = {
+    cls.__name__: cls for cls in (StartTransfer, DropCopy, PublishEpoch, Veto, WakeAt)
+}
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Message(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The envelope. `deadline_ns` is wall clock; 0 means none."""
+
+    epoch: int = 0
+    deadline_ns: int = 0
+    traceparent: str = ""
+
+
+class Join(Message, frozen=True, kw_only=True):
+    """A store presents itself, with everything that it holds."""
+
+    store: StoreInfo
+    peer: PeerInfo
+    copies: tuple[Copy, ...]
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """What happened at a store since its last heartbeat. `events` are encoded by `pack_events`."""
+
+    store: str
+    incarnation: int
+    directory_version: int
+    membership_version: int
+    events: list[Any]
+    gauges: dict[str, float]
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """A store that is in the cluster, and how to read it."""
+
+    store: StoreInfo
+    peer: PeerInfo
+
+
+class HeartbeatReply(Message, frozen=True, kw_only=True):
+    """Lease, directory changes and commands for one store.
+
+    `known` False asks the store to join again (the controller is new, or took it for dead).
+    With `full` the copies replace the whole directory, else they are changes.
+    """
+
+    known: bool
+    lease_until_ns: int
+    controller_incarnation: int
+    full: bool
+    directory_version: int
+    added: tuple[Copy, ...]
+    removed: tuple[CopyKey, ...]
+    membership_version: int
+    members: tuple[Member, ...] | None
+    commands: list[Any]
+    draining: bool
+
+
+class ExpertRows(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows for (or from) one expert: [count, hidden] in the model's dtype, row-major bytes."""
+
+    expert: int
+    count: int
+    data: bytes
+    present: bool = True
+
+
+class ComputeRequest(Message, frozen=True, kw_only=True):
+    """Tokens sent to a peer that has the experts."""
+
+    layer: int
+    parts: tuple[ExpertRows, ...]
+
+
+class ComputeReply(Message, frozen=True, kw_only=True):
+    """The experts' outputs; `present` False where the peer no longer holds the block."""
+
+    parts: tuple[ExpertRows, ...]
+    compute_ns: int
+
+
+class GenerateRequest(Message, frozen=True, kw_only=True):
+    """Greedy generation of one sequence. `skip` tokens were already delivered (a replay)."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    skip: int = 0
+
+
+class TokenChunk(Message, frozen=True, kw_only=True):
+    """Tokens in the order in which they were generated."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    finished: bool = False
+
+
+class Rows(Message, frozen=True, kw_only=True):
+    """Rows and counters of one store on their way to its node's telemetry actor."""
+
+    batch: RowBatch
+    resident_bytes: int
+    capacity_bytes: int
+    peak_rss_bytes: int
+    pid: int
+
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """MessagePack bytes of a message."""
+    return _encoder.encode(message)
+
+
+_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {}
+
+
+def decode(data: bytes, kind: type[M]) -> M:
+    """Message of `kind` from its bytes. Raises msgspec.ValidationError for anything else."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    message: M = decoder.decode(data)
+    return message
+
+
+def pack(value: Event | Command) -> list[Any]:
+    """An event or command as [type name, fields]; what the journal stores."""
+    return [type(value).__name__, msgspec.to_builtins(value)]
+
+
+def unpack_event(packed: list[Any]) -> Event:
+    """The event that `pack` made."""
+    event: Event = msgspec.convert(packed[1], _EVENTS[packed[0]])
+    return event
+
+
+def unpack_command(packed: list[Any]) -> Command:
+    """The command that `pack` made."""
+    command: Command = msgspec.convert(packed[1], _COMMANDS[packed[0]])
+    return command
+
+
+__all__ = [
+    "BlockId",
+    "ComputeReply",
+    "ComputeRequest",
+    "ExpertRows",
+    "Format",
+    "GenerateRequest",
+    "Heartbeat",
+    "HeartbeatReply",
+    "Join",
+    "Message",
+    "Reason",
+    "Rows",
+    "TokenChunk",
+    "decode",
+    "encode",
+    "pack",
+    "unpack_command",
+    "unpack_event",
+]

@@ -1,0 +1,489 @@
+"""The token path: one MoE layer of one request, from router choice to combined rows.
+
+For each expert that the router chose: compute here if it is resident; else move the tokens to a
+worker that has it or the weights to here, whichever measures cheaper now. Blocks compute in the
+order in which they arrive; their rows are added up in the reference's order, so arrival order,
+place of compute and company never change a bit. Nothing here waits for the controller.
+
+Must not know Ray: peers are behind the `Peers` protocol.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+
+from hotset.actors.cache import Delivery, Held, Lost
+from hotset.blocks.experts import run_expert, run_expert_tiled, view_weights
+from hotset.blocks.formats import codec_for
+from hotset.blocks.routing import Group, combine, group_rows
+from hotset.errors import TransferTimeout, TransportError
+from hotset.policies.choose import Move, move_tokens_or_weights
+from hotset.policies.types import FORMAT_CODES, BlockId, Format, Tier
+from hotset.transport.records import NO_NAME, Code, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.actors.assembly import Counters
+    from hotset.actors.cache import HotCache
+    from hotset.actors.directory import Directory
+    from hotset.blocks.checkpoint import Catalog
+    from hotset.blocks.experts import ExpertsModule, ExpertWeights
+    from hotset.blocks.routing import Reference
+    from hotset.policies.residency import LayerPlan
+    from hotset.transport.records import Ring
+    from hotset.transport.slab import Slab, Slot
+
+_PATIENCE_S = 60.0
+_DISPATCH_S = 2.0
+_MOST_ROWS_IN_PYTHON = 64
+_LAYER_SAMPLE = 16  # one step in this many gets a row for each layer
+
+
+class Peers(Protocol):
+    """Workers that take tokens."""
+
+    def compute(
+        self, store: str, *, layer: int, parts: Sequence[tuple[int, torch.Tensor]], timeout_s: float
+    ) -> dict[int, torch.Tensor | None]:
+        """Outputs by expert; None where the peer no longer holds it. Raises TransportError."""
+
+
+class Dispatched(NamedTuple):
+    """A peer's answer (or its absence) for the experts that were sent to it."""
+
+    store: str
+    outputs: dict[int, torch.Tensor | None]
+    row_id: int
+
+
+@dataclass(slots=True)
+class Context:
+    """One request's place in its forward passes; lives on the request's thread."""
+
+    request: int = 0
+    trace: tuple[int, int] = (0, 0)
+    step: int = 0
+    step_row: int = 0
+    step_start_ns: int = 0
+    tokens: int = 0
+    stall_ns: int = 0
+    hits: Counter[str] = field(default_factory=Counter)
+    queries: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathConfig:
+    """How this worker computes. `move` forces one way for experiments and tests."""
+
+    reference: Reference = "eager"
+    numerics: Literal["exact", "tiled"] = "exact"
+    move: Literal["auto", "weights", "tokens"] = "auto"
+
+
+class RowIds:
+    """Ids of rows, unique in the cluster: a random start for each process."""
+
+    def __init__(self, start: int) -> None:
+        """`start` is a random odd 63-bit number."""
+        self._next = start
+        self._lock = threading.Lock()
+
+    def take(self) -> int:
+        """A fresh id, never 0."""
+        with self._lock:
+            self._next = (self._next + 1) & 0x7FFFFFFFFFFFFFFF or 1
+            return self._next
+
+
+class TokenPath:
+    """An `ExpertRunner` over a hot cache and peers."""
+
+    def __init__(  # noqa: PLR0913 - the parts of one worker, by keyword
+        self,
+        *,
+        store: str,
+        catalog: Catalog,
+        slab: Slab,
+        cache: HotCache,
+        directory: Directory,
+        peers: Peers,
+        ring: Ring,
+        counters: Counters,
+        row_ids: RowIds,
+        config: PathConfig,
+    ) -> None:
+        """All parts belong to one worker."""
+        self._store = store
+        self._catalog = catalog
+        self._slab = slab
+        self._cache = cache
+        self._directory = directory
+        self._peers = peers
+        self._ring = ring
+        self._counters = counters
+        self._row_ids = row_ids
+        self.config = config
+        self._compute = run_expert_tiled if config.numerics == "tiled" else run_expert
+        self._views: dict[int, ExpertWeights] = {}
+        self._local = threading.local()
+        self._senders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dispatch")
+        self._int8 = codec_for(Format.INT8)
+        self._routed: Counter[BlockId] = Counter()
+        self._routed_lock = threading.Lock()
+
+    # --- the request's thread -------------------------------------------------------------------
+
+    @property
+    def context(self) -> Context:
+        """This thread's request."""
+        found: Context | None = getattr(self._local, "context", None)
+        if found is None:
+            found = self._local.context = Context()
+        return found
+
+    def begin_request(self, request: int, *, trace: tuple[int, int]) -> Context:
+        """Start a request on this thread."""
+        self._local.context = Context(request=request, trace=trace)
+        return self.context
+
+    def begin_step(self, tokens: int) -> None:
+        """A forward pass starts."""
+        context = self.context
+        context.step += 1
+        context.step_row = self._row_ids.take()
+        context.step_start_ns = time.time_ns()
+        context.tokens = tokens
+
+    def end_step(self) -> None:
+        """A forward pass has ended."""
+        context = self.context
+        self._ring.append(
+            Kind.STEP,
+            index=context.tokens,
+            start_ns=context.step_start_ns,
+            end_ns=time.time_ns(),
+            row_id=context.step_row,
+            trace_hi=context.trace[0],
+            trace_lo=context.trace[1],
+        )
+
+    def run(
+        self,
+        layer: int,
+        module: ExpertsModule,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `blocks.hf.ExpertRunner.run`: [n, H], [n, K], [n, K] -> [n, H]."""
+        context = self.context
+        start_ns = time.time_ns()
+        experts, counts = _count(top_k_index, num_experts=self._catalog.num_experts)
+        inbox: SimpleQueue[Delivery | Dispatched] = SimpleQueue()
+        ready, plan = self._cache.begin(
+            layer, experts, counts,
+            step=context.step, request=context.request, inbox=inbox,  # type: ignore[arg-type] # a queue of more kinds
+        )  # fmt: skip
+        rows = dict(zip(experts, counts, strict=True))
+        groups = _Groups(top_k_index, reference=self.config.reference)
+        self._send_off(layer, plan, rows=rows, hidden=hidden, groups=groups, inbox=inbox)
+        if plan.prefetch:
+            self._cache.prefetch(plan.prefetch, trace=context.trace, parent=context.step_row)
+        outputs: dict[int, torch.Tensor] = {}
+        for held in ready:
+            outputs[held.expert] = self._expert(module, hidden, groups, held)
+        self._hit("hbm", len(ready))
+        missing = len(experts) - len(ready)
+        while missing:
+            arrival = self._wait(inbox, layer=layer)
+            if isinstance(arrival, Dispatched):
+                missing -= self._take(arrival, outputs, layer=layer, inbox=inbox)
+            elif isinstance(arrival, Lost):
+                raise TransportError(
+                    f"block {layer}.{arrival.expert} came from no source ({arrival.error})",
+                    remedy="check that the checkpoint's files are still readable",
+                )
+            else:
+                outputs[arrival.expert] = self._expert(module, hidden, groups, arrival)
+                self._hit(self._tier(arrival.source), 1)
+                missing -= 1
+        result = combine(
+            hidden, top_k_index, top_k_weights, outputs, reference=self.config.reference
+        )
+        self._note(layer, experts, counts, start_ns=start_ns)
+        return result
+
+    # --- for peers ------------------------------------------------------------------------------
+
+    def compute_for_peer(
+        self, layer: int, module: ExpertsModule, parts: Sequence[tuple[int, torch.Tensor]]
+    ) -> dict[int, torch.Tensor | None]:
+        """Run a peer's rows through the experts that are here; None for those that are not.
+
+        Each part is one request's rows for one expert, so the bits are those of the request alone.
+        """
+        outputs: dict[int, torch.Tensor | None] = {}
+        for expert, rows in parts:
+            held = self._cache.hold(layer, expert)
+            if held is None:
+                outputs[expert] = None
+                continue
+            try:
+                outputs[expert] = self._compute(module, rows, self._weights(held))
+            finally:
+                self._cache.done(held)
+        return outputs
+
+    def routed_since_last(self) -> tuple[tuple[BlockId, int], ...]:
+        """Tokens routed to each block since the last call."""
+        with self._routed_lock:
+            counts, self._routed = self._routed, Counter()
+        return tuple(sorted(counts.items()))
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _send_off(  # noqa: PLR0913 - one layer of one step
+        self,
+        layer: int,
+        plan: LayerPlan,
+        *,
+        rows: dict[int, int],
+        hidden: torch.Tensor,
+        groups: _Groups,
+        inbox: SimpleQueue[Any],
+    ) -> None:
+        """Start what brings the missing experts' outputs: tokens out, or weights in."""
+        context = self.context
+        fetch: list[int] = []
+        dispatch: dict[str, list[int]] = {}
+        for expert in plan.missing:
+            store = self._choose(layer, expert, rows=rows[expert], hidden=hidden)
+            if store is None:
+                fetch.append(expert)
+            else:
+                dispatch.setdefault(store, []).append(expert)
+        if fetch:
+            self._cache.fetch(
+                layer, fetch, inbox=inbox, trace=context.trace, parent=context.step_row
+            )
+        for store, experts in dispatch.items():
+            parts = [(expert, hidden[groups.of(expert).tokens]) for expert in experts]
+            self._senders.submit(self._dispatch, store, layer, parts, context, inbox)
+
+    def _choose(self, layer: int, expert: int, *, rows: int, hidden: torch.Tensor) -> str | None:
+        """The worker to send the tokens to, or None to fetch the weights."""
+        if self.config.move == "weights":
+            return None
+        copies = self._directory.copies(BlockId(layer, expert))
+        holders = [
+            copy.store
+            for copy in copies
+            if self._directory.tier(copy.store) is Tier.HBM and copy.format is Format.BF16
+        ]
+        if not holders:
+            return None
+        nbytes = 2 * rows * hidden.shape[-1] * hidden.element_size()
+        best = min(holders, key=lambda s: (self._directory.dispatch(s).estimate_ns(nbytes), s))
+        if self.config.move == "tokens":
+            return best
+        size = self._catalog.block_nbytes
+        sources = self._directory.sources(BlockId(layer, expert), fmt=Format.BF16, nbytes=size)
+        choice = move_tokens_or_weights(
+            rows,
+            dispatch_ns=self._directory.dispatch(best).estimate_ns(nbytes),
+            fetch_ns=sources[0].cost_ns,
+        )
+        return best if choice.move is Move.TOKENS else None
+
+    def _dispatch(
+        self,
+        store: str,
+        layer: int,
+        parts: list[tuple[int, torch.Tensor]],
+        context: Context,
+        inbox: SimpleQueue[Any],
+    ) -> None:
+        began_ns, wall_ns = time.monotonic_ns(), time.time_ns()
+        row_id = self._row_ids.take()
+        nbytes = 2 * sum(rows.numel() * rows.element_size() for _, rows in parts)
+        code = Code.OK
+        try:
+            outputs = self._peers.compute(store, layer=layer, parts=parts, timeout_s=_DISPATCH_S)
+            elapsed_ns = time.monotonic_ns() - began_ns
+            self._directory.dispatch(store).observe(nbytes, elapsed_ns=elapsed_ns)
+        except TransportError:
+            code = Code.FAILED
+            outputs = dict.fromkeys((expert for expert, _ in parts), None)
+            self._directory.dispatch(store).observe(nbytes, elapsed_ns=int(_DISPATCH_S * 1e9))
+        self._ring.append(
+            Kind.DISPATCH,
+            code=code,
+            source=self._ring.name(store),
+            layer=layer,
+            index=parts[0][0],
+            start_ns=wall_ns,
+            end_ns=time.time_ns(),
+            row_id=row_id,
+            parent=context.step_row,
+            trace_hi=context.trace[0],
+            trace_lo=context.trace[1],
+            nbytes=nbytes,
+        )
+        inbox.put(Dispatched(store, outputs, row_id))
+
+    def _take(
+        self,
+        arrival: Dispatched,
+        outputs: dict[int, torch.Tensor],
+        *,
+        layer: int,
+        inbox: SimpleQueue[Any],
+    ) -> int:
+        """Use a peer's answer; fetch what it no longer had. Returns how many experts are done."""
+        gone = []
+        for expert, rows in arrival.outputs.items():
+            if rows is None:
+                gone.append(expert)
+            else:
+                outputs[expert] = rows
+        self._hit("peer", len(arrival.outputs) - len(gone))
+        if gone:
+            context = self.context
+            self._cache.fetch(
+                layer, gone, inbox=inbox, trace=context.trace, parent=context.step_row
+            )
+        return len(arrival.outputs) - len(gone)
+
+    def _wait(self, inbox: SimpleQueue[Any], *, layer: int) -> Any:
+        try:
+            return inbox.get_nowait()
+        except Empty:
+            pass
+        start_ns = time.time_ns()
+        try:
+            arrival = inbox.get(timeout=_PATIENCE_S)
+        except Empty:
+            raise TransferTimeout(
+                f"nothing arrived for layer {layer} within {_PATIENCE_S:.0f} s",
+                remedy="look at `hotset status` for stores that hang",
+            ) from None
+        self._stalled(arrival, layer=layer, start_ns=start_ns, end_ns=time.time_ns())
+        return arrival
+
+    def _stalled(self, arrival: Any, *, layer: int, start_ns: int, end_ns: int) -> None:
+        context = self.context
+        context.stall_ns += end_ns - start_ns
+        self._counters.stall_ns += end_ns - start_ns
+        held = isinstance(arrival, Held)
+        dispatched = isinstance(arrival, Dispatched)
+        self._ring.append(
+            Kind.WAIT,
+            source=self._ring.name(arrival.source) if held else NO_NAME,
+            format_code=FORMAT_CODES[arrival.format] if held else 0,
+            layer=layer,
+            index=arrival.expert if held else -1,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            row_id=self._row_ids.take(),
+            waits_for=arrival.transfer_id if held else arrival.row_id if dispatched else 0,
+            parent=context.step_row,
+            trace_hi=context.trace[0],
+            trace_lo=context.trace[1],
+            reason=self._ring.name(arrival.reason.value if held else "dispatch"),
+        )
+
+    def _expert(
+        self, module: ExpertsModule, hidden: torch.Tensor, groups: _Groups, held: Held
+    ) -> torch.Tensor:
+        try:
+            rows = hidden[groups.of(held.expert).tokens]
+            return self._compute(module, rows, self._weights(held))
+        finally:
+            self._cache.done(held)
+
+    def _weights(self, held: Held) -> ExpertWeights:
+        if held.format is Format.BF16:
+            # Slots do not move and all blocks have one layout: views are made once per slot.
+            views = self._views.get(held.slot.offset)
+            if views is None:
+                payload = self._slab.torch_view(held.slot, self._catalog.block_nbytes)
+                views = view_weights(payload, self._catalog.layout)
+                self._views[held.slot.offset] = views
+            return views
+        return self._decoded(held.slot)
+
+    def _decoded(self, slot: Slot) -> ExpertWeights:
+        layout = self._catalog.layout
+        payload = self._slab.torch_view(slot, self._int8.nbytes(layout))
+        scratch: torch.Tensor | None = getattr(self._local, "scratch", None)
+        if scratch is None:
+            scratch = torch.empty(layout.nbytes, dtype=torch.uint8, device=payload.device)
+            self._local.scratch = scratch
+        self._int8.decode(payload, layout, scratch)
+        return view_weights(scratch, layout)
+
+    def _tier(self, source: str) -> str:
+        tier = self._directory.tier(source)
+        if tier is None:
+            return "storage"
+        return "peer" if tier is Tier.HBM else tier.name.lower()
+
+    def _hit(self, tier: str, count: int) -> None:
+        if count:
+            hits = self._counters.hits
+            hits[tier] = hits.get(tier, 0) + count
+            self._counters.queries += count
+
+    def _note(self, layer: int, experts: list[int], counts: list[int], *, start_ns: int) -> None:
+        with self._routed_lock:
+            for expert, count in zip(experts, counts, strict=True):
+                self._routed[BlockId(layer, expert)] += count
+        context = self.context
+        if context.step % _LAYER_SAMPLE == 1:
+            self._ring.append(
+                Kind.LAYER,
+                layer=layer,
+                index=context.tokens,
+                start_ns=start_ns,
+                end_ns=time.time_ns(),
+                row_id=self._row_ids.take(),
+                parent=context.step_row,
+                trace_hi=context.trace[0],
+                trace_lo=context.trace[1],
+            )
+
+
+class _Groups:
+    """Rows of each expert in the reference's order, found once."""
+
+    def __init__(self, index: torch.Tensor, *, reference: Reference) -> None:
+        self._index = index
+        self._reference = reference
+        self._found: dict[int, Group] = {}
+
+    def of(self, expert: int) -> Group:
+        group = self._found.get(expert)
+        if group is None:
+            group = group_rows(self._index, expert, reference=self._reference)
+            self._found[expert] = group
+        return group
+
+
+def _count(index: torch.Tensor, *, num_experts: int) -> tuple[list[int], list[int]]:
+    """Distinct experts, ascending, and how many choices fell on each."""
+    if index.numel() <= _MOST_ROWS_IN_PYTHON:
+        counts = Counter(index.flatten().tolist())
+        experts = sorted(expert for expert in counts if expert < num_experts)
+        return experts, [counts[expert] for expert in experts]
+    found, sums = torch.unique(index, return_counts=True)
+    pairs = [(e, c) for e, c in zip(found.tolist(), sums.tolist(), strict=True) if e < num_experts]
+    return [e for e, _ in pairs], [c for _, c in pairs]
