@@ -182,6 +182,8 @@ class Backend(ABC):
     """
 
     name: str
+    error_grace_ns: int = 0
+    """How long after an ERROR the slots of a post are kept from reuse."""
 
     @abstractmethod
     def register(self, slab: Slab) -> None:

@@ -1,25 +1,57 @@
 """The engine of a store: takes reads from any thread, ends each one exactly once.
 
-Signatures; the owner thread follows.
+Moves blocks into one slab, from peers through a backend and from files through a reader. One owner
+thread per engine alone calls the backend and decides what ends (`mover.py`); a verifier thread
+hashes what has landed of large batches while the owner moves the rest. Callers submit through a
+queue and wait on tickets. It must not know what keys mean: `describe` turns one into the two
+numbers of a transfer's row.
+
+Invariants: a ticket ends once, at the latest at its deadline plus one turn of the owner; an item
+that is DONE is READY and pinned once on behalf of the caller; nothing in flight is released or
+destroyed, not even by `close`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from hotset.errors import ConfigError, InvalidTransition, QuarantineFull, TransportError
+from hotset.transport.base import FileItem, PeerInfo
+from hotset.transport.batch import Chunk, Job, judge
+from hotset.transport.mover import Mover
+from hotset.transport.slab import SlotState
+from hotset.transport.ticket import Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from hotset.transport.base import Backend, FileItem, PeerInfo, ReadItem
+    from hotset.transport.base import Backend, LinkProfile, ReadItem
     from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
     from hotset.transport.storage import StorageReader
-    from hotset.transport.ticket import Ticket
+
+STORAGE: Final = "storage"
+"""Name of the source of file reads in outcomes and rows."""
+CALL_TIMEOUT_S: Final = 30.0
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+_still_in_flight: list[object] = []
+"""What could not be closed: kept alive so that collection destroys nothing in flight."""
 
 
 class Engine:
-    """Moves blocks into one slab: from peers through a backend, from files through a reader."""
+    """Reads blocks into one store's slab."""
 
     def __init__(  # noqa: PLR0913 - the collaborators of a store, all by keyword
         self,
@@ -34,24 +66,90 @@ class Engine:
         max_quarantined: int = 64,
         time_scale: float = 1.0,
         describe: Callable[[bytes], tuple[int, int]] | None = None,
+        link: LinkProfile | None = None,
     ) -> None:
-        """Keep the parts; nothing runs before `start`."""
+        """Keep the parts; nothing runs before `start`.
+
+        `link` is the profile that peers read this store by. `pacer` emulates this store's own end
+        of every read. `storage` is closed with the engine.
+        """
+        self.name = name
+        self.incarnation = incarnation
+        self._slab = slab
+        self._backend = backend
+        self._storage = storage
+        self._link = link
+        self._max_quarantined = max_quarantined
+        self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._to_verify: SimpleQueue[Chunk | None] = SimpleQueue()
+        self._mover = Mover(
+            slab=slab,
+            backend=backend,
+            ring=ring,
+            storage=storage,
+            pacer=pacer,
+            time_scale=time_scale,
+            describe=describe,
+            verify=self._to_verify.put,
+            files_ended=lambda chunk: self._inbox.put(partial(self._mover.files_ended, chunk)),
+        )
+        self._owner = threading.Thread(target=self._run, name=f"hotset-{name}", daemon=True)
+        self._verifier = threading.Thread(
+            target=self._run_verifier, name=f"hotset-{name}-verify", daemon=True
+        )
+        self._info: PeerInfo | None = None
+        self._door = threading.Lock()
+        self._next_id = 1 + secrets.randbits(63)
+        self._closed = ""
+        self._stop = False
+
+    # --- life -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the owner thread and register the slab on it."""
-        raise NotImplementedError
+        """Start the threads and register the slab. Raises TransportError, DependencyError."""
+        self._owner.start()
+        self._verifier.start()
+        self._info = self._call(self._register)
 
     def info(self) -> PeerInfo:
         """Return what peers need to read this store; known after `start`."""
-        raise NotImplementedError
+        if self._info is None:
+            raise TransportError(f"engine {self.name!r} has not started", remedy="call start first")
+        return self._info
 
     def connect(self, peer: PeerInfo) -> None:
         """Make a peer readable; runs on the owner thread. Raises TransportError."""
-        raise NotImplementedError
+        self._call(partial(self._mover.connect, peer))
 
     def disconnect(self, name: str) -> None:
         """Forget a peer; runs on the owner thread."""
-        raise NotImplementedError
+        self._call(partial(self._mover.disconnect, name))
+
+    def close(self, *, timeout_ns: int = 5_000_000_000) -> bool:
+        """Cancel what runs and wait until nothing is in flight; True when all has ended.
+
+        On False backend and slab are kept alive for good: leave by `os._exit`.
+        """
+        if self._stop:
+            return self._closed == "closed"
+        with self._door:
+            self._closed = self._closed or "closing"
+        broken = self._closed != "closing" or not self._owner.is_alive()
+        clean = not broken and self._call(self._wind_down, timeout_ns=timeout_ns)
+        self._stop = True
+        self._inbox.put(int)  # wakes the owner; calling int does nothing
+        self._to_verify.put(None)
+        if not clean:
+            _still_in_flight.append((self._slab, self._backend, self._storage, self._mover))
+            return False
+        self._owner.join()
+        self._verifier.join()
+        if self._storage is not None:
+            self._storage.close()
+        self._closed = "closed"
+        return True
+
+    # --- reads ------------------------------------------------------------------------------------
 
     def read(  # noqa: PLR0913 - what a transfer record needs
         self,
@@ -66,9 +164,11 @@ class Engine:
         """Read slots of `peer` into FILLING slots here, many in one backend transfer.
 
         `deadline_ns` is `time.monotonic_ns()` time. Each item that is DONE is READY and arrives
-        pinned once on behalf of the caller, who unpins it. Raises QuarantineFull.
+        pinned once on behalf of the caller, who unpins it; the slots of all others are taken back
+        by the engine. Raises QuarantineFull, ConfigError, InvalidTransition, TransportError; then
+        nothing was taken and the slots are still the caller's.
         """
-        raise NotImplementedError
+        return self._submit(peer, items, deadline_ns, trace, parent, reason)
 
     def read_files(
         self,
@@ -79,9 +179,179 @@ class Engine:
         parent: int = 0,
         reason: str = "",
     ) -> Ticket:
-        """Read ranges of files into FILLING slots here; ends and pins are as in `read`."""
-        raise NotImplementedError
+        """Read ranges of files into FILLING slots here; ends, pins and errors are as in `read`."""
+        for item in items:
+            size = sum(part.nbytes for part in item.ranges)
+            if size != item.expect.nbytes:
+                raise ConfigError(
+                    f"ranges of {size} bytes for a block of {item.expect.nbytes}",
+                    remedy="build the ranges from the catalog of blocks",
+                )
+        return self._submit(STORAGE, items, deadline_ns, trace, parent, reason)
 
-    def close(self, *, timeout_ns: int = 5_000_000_000) -> bool:
-        """Cancel what runs and wait until nothing is in flight; True when all has ended."""
-        raise NotImplementedError
+    @property
+    def in_flight(self) -> int:
+        """Tickets that have not ended."""
+        return len(self._mover.jobs)
+
+    @property
+    def quarantined(self) -> int:
+        """Abandoned posts that the backend has not finished."""
+        return len(self._mover.quarantine)
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Payload bytes of the slots that abandoned posts hold."""
+        return sum(chunk.nbytes for chunk in list(self._mover.quarantine.values()))
+
+    def _submit(  # noqa: PLR0913, PLR0917 - the two public doors have these
+        self,
+        peer: str,
+        items: Sequence[ReadItem] | Sequence[FileItem],
+        deadline_ns: int,
+        trace: tuple[int, int],
+        parent: int,
+        reason: str,
+    ) -> Ticket:
+        self._check(items)
+        ticket = Ticket(transfer_id=self._reserve(len(items)), cancel=self._cancel)
+        job = Job(
+            ticket=ticket,
+            peer=peer,
+            items=tuple(items),
+            deadline_ns=deadline_ns,
+            submitted_ns=time.monotonic_ns(),
+            wall_ns=time.time_ns(),
+            trace=trace,
+            parent=parent,
+            reason=reason,
+        )
+        with self._door:  # a read is either before `close` in the queue, or refused
+            self._check_open()
+            self._inbox.put(partial(self._mover.add, job))
+        return ticket
+
+    def _reserve(self, count: int) -> int:
+        """Take `count` ids in a row; id i is the row of item i."""
+        with self._door:
+            first = self._next_id
+            self._next_id += max(1, count)
+            return first
+
+    def _check_open(self) -> None:
+        if self._closed or self._info is None:
+            raise TransportError(
+                f"engine {self.name!r} is {self._closed or 'not started'}",
+                remedy="read through a running store",
+            )
+
+    def _check(self, items: Sequence[ReadItem] | Sequence[FileItem]) -> None:
+        self._check_open()
+        if len(self._mover.quarantine) >= self._max_quarantined:
+            raise QuarantineFull(
+                f"store {self.name!r} has {self.quarantined} abandoned transfers",
+                remedy="restart the store as a new incarnation",
+            )
+        for item in items:
+            if item.expect.nbytes > item.dest.nbytes:
+                raise ConfigError(
+                    f"a block of {item.expect.nbytes} bytes for a slot of {item.dest.nbytes}",
+                    remedy="allocate the slot with the block's size",
+                )
+            if self._slab.state(item.dest) is not SlotState.FILLING:
+                raise InvalidTransition(
+                    f"store {self.name!r}: the slot at {item.dest.offset} is not FILLING",
+                    remedy="allocate a slot for each read",
+                )
+
+    def _cancel(self, ticket: Ticket) -> None:
+        self._inbox.put(partial(self._mover.cancel, ticket))
+
+    # --- the owner thread -------------------------------------------------------------------------
+
+    def _register(self) -> PeerInfo:
+        if self._backend is None:
+            return PeerInfo(
+                name=self.name,
+                incarnation=self.incarnation,
+                backend="none",
+                backend_metadata=b"",
+                base_address=self._slab.base_address,
+                nbytes=self._slab.nbytes,
+                device=self._slab.device,
+                link=self._link,
+            )
+        self._backend.register(self._slab)
+        info = self._backend.info(name=self.name, incarnation=self.incarnation)
+        return replace(info, link=self._link)
+
+    def _call(self, action: Callable[..., _T], **kwargs: Any) -> _T:
+        """Run `action` on the owner thread and return its result or raise its error."""
+        if threading.current_thread() is self._owner:
+            return action(**kwargs)
+        if self._stop or not self._owner.is_alive():
+            raise TransportError(
+                f"engine {self.name!r} is not running", remedy="use it between start and close"
+            )
+        future: Future[_T] = Future()
+
+        def carry_out() -> None:
+            try:
+                future.set_result(action(**kwargs))
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+                future.set_exception(error)
+
+        self._inbox.put(carry_out)
+        return future.result(timeout=CALL_TIMEOUT_S)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._turn()
+        except Exception as error:  # noqa: BLE001 - a bug of ours; told, and everybody is woken
+            _log.critical("the owner thread of store %s broke", self.name, exc_info=True)
+            with self._door:
+                self._closed = f"broken ({error!r})"
+            self._end_as_broken()
+
+    def _end_as_broken(self) -> None:
+        """After a bug: end every ticket as FAILED, so that nobody waits for ever."""
+        while True:
+            self._mover.fail_all(f"the owner thread of {self.name!r} {self._closed}")
+            if self._stop:
+                return
+            message = self._inbox.get()
+            with contextlib.suppress(Exception):  # the first one has been told
+                message()
+
+    def _turn(self) -> None:
+        wait_ns = self._mover.step()
+        inbox = self._inbox
+        if wait_ns is None:
+            inbox.get()()
+        elif wait_ns and inbox.empty():
+            try:
+                inbox.get(timeout=wait_ns / 1e9)()
+            except Empty:
+                return
+        while not inbox.empty():
+            inbox.get()()
+
+    def _wind_down(self, *, timeout_ns: int) -> bool:
+        deadline = time.monotonic_ns() + timeout_ns
+        self._mover.give_up_all()
+        while self._mover.quarantine and time.monotonic_ns() < deadline:
+            wait_ns = self._mover.step()
+            left_ns = min(1_000_000 if wait_ns is None else wait_ns, 1_000_000)
+            with contextlib.suppress(Empty):
+                self._inbox.get(timeout=left_ns / 1e9)()
+        if self._mover.quarantine:
+            return False
+        if self._backend is not None:
+            self._backend.close()
+        return True
+
+    def _run_verifier(self) -> None:
+        while (chunk := self._to_verify.get()) is not None:
+            verdicts = judge(self._slab, chunk)
+            self._inbox.put(partial(self._mover.verified, chunk, verdicts))

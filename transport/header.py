@@ -43,6 +43,26 @@ def checksum(view: ReadableBuffer) -> int:
     return xxhash.xxh3_64_intdigest(view)
 
 
+def pack(  # noqa: PLR0913 - the fields of a header; no object, publishing is on the hot path
+    *,
+    key: bytes,
+    format_code: int,
+    nbytes: int,
+    generation: int,
+    checksum: int,
+    incarnation: int,
+    epoch: int = 0,
+    flags: int = 0,
+) -> bytes:
+    """Return the 64 bytes. Raises ValueError for a key that is not 16 bytes."""
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+    body = _BODY.pack(
+        MAGIC, VERSION, flags, format_code, key, nbytes, epoch, generation, checksum, incarnation
+    )
+    return body + _HASH.pack(xxhash.xxh3_64_intdigest(body))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """What a slot says of its payload. `nbytes` is the payload's length without the header."""
@@ -62,21 +82,16 @@ class Header:
 
     def pack(self) -> bytes:
         """Return the 64 bytes."""
-        if len(self.key) != KEY_BYTES:
-            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(self.key)}")
-        body = _BODY.pack(
-            MAGIC,
-            VERSION,
-            self.flags,
-            self.format_code,
-            self.key,
-            self.nbytes,
-            self.epoch,
-            self.generation,
-            self.checksum,
-            self.incarnation,
+        return pack(
+            key=self.key,
+            format_code=self.format_code,
+            nbytes=self.nbytes,
+            generation=self.generation,
+            checksum=self.checksum,
+            incarnation=self.incarnation,
+            epoch=self.epoch,
+            flags=self.flags,
         )
-        return body + _HASH.pack(checksum(body))
 
     @classmethod
     def unpack(cls, buffer: ReadableBuffer, offset: int = 0) -> Header | None:
@@ -108,6 +123,15 @@ def matches(header: Header, expect: Expect) -> str:
 
     A None in `expect` accepts any value; content (key, format, size) must always agree.
     """
+    if (
+        header.key == expect.key
+        and header.format_code == expect.format_code
+        and header.nbytes == expect.nbytes
+        and (expect.generation is None or header.generation == expect.generation)
+        and (expect.checksum is None or header.checksum == expect.checksum)
+        and (expect.incarnation is None or header.incarnation == expect.incarnation)
+    ):
+        return ""
     pairs = (
         ("key", header.key, expect.key),
         ("format", header.format_code, expect.format_code),

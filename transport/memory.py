@@ -79,8 +79,8 @@ class HostMemory(Memory):
 
     def write(self, offset: int, data: ReadableBuffer) -> None:
         """Copy bytes in."""
-        source = memoryview(data).cast("B")
-        self._view[offset : offset + source.nbytes] = source
+        source = data if isinstance(data, bytes) else memoryview(data).cast("B")
+        self._view[offset : offset + len(source)] = source
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """View the bytes for writing."""

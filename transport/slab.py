@@ -26,7 +26,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import ConfigError, InvalidTransition
-from hotset.transport.header import HEADER_BYTES, VOID, Header
+from hotset.transport.header import HEADER_BYTES, VOID, Header, pack
 from hotset.transport.memory import DeviceMemory, HostMemory, Memory
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ class SlotState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One use of a part of the slab: `offset` of its header, and room for the payload."""
+    """One use of a part of the slab: `offset` of its header, `nbytes` asked for its payload."""
 
     offset: int
-    payload_bytes: int
+    nbytes: int
     unit: int  # 2 x super-slot + part
     serial: int
 
@@ -174,8 +174,7 @@ class Slab:
             self._state[unit] = SlotState.FILLING
             self._serial[unit] += 1
             self._used_bytes += self._unit_bytes(unit)
-            room = self._unit_bytes(unit) - HEADER_BYTES
-            return Slot(self._offset(unit), room, unit, self._serial[unit])
+            return Slot(self._offset(unit), nbytes, unit, self._serial[unit])
 
     def publish(  # noqa: PLR0913 - the columns of a header
         self,
@@ -192,12 +191,12 @@ class Slab:
 
         `pins` are held from the start, so that nobody evicts the copy between landing and use.
         """
-        if nbytes > slot.payload_bytes:
-            raise ValueError(f"{nbytes} bytes in a slot of {slot.payload_bytes}")
+        if nbytes > slot.nbytes:
+            raise ValueError(f"{nbytes} bytes in a slot of {slot.nbytes}")
         with self._lock:
             self._require(slot, SlotState.FILLING, "publish")
             self._generation += 1
-            header = Header(
+            header = pack(
                 key=key,
                 format_code=format_code,
                 nbytes=nbytes,
@@ -206,7 +205,7 @@ class Slab:
                 incarnation=self.incarnation,
                 epoch=epoch,
             )
-            self.memory.write(slot.offset, header.pack())
+            self.memory.write(slot.offset, header)
             self._state[slot.unit] = SlotState.READY
             self._pins[slot.unit] = pins
             return self._generation
@@ -297,9 +296,9 @@ class Slab:
 
     def _length(self, slot: Slot, nbytes: int | None) -> int:
         if nbytes is None:
-            return slot.payload_bytes
-        if not 0 <= nbytes <= slot.payload_bytes:
-            raise ValueError(f"{nbytes} bytes of a slot of {slot.payload_bytes}")
+            return slot.nbytes
+        if not 0 <= nbytes <= slot.nbytes:
+            raise ValueError(f"{nbytes} bytes of a slot of {slot.nbytes}")
         return nbytes
 
     def _offset(self, unit: int) -> int:

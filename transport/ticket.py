@@ -7,6 +7,7 @@ wake-up CPython has (a `threading.Event` costs three times as much).
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hotset.transport.base import Outcome
+
+_log = logging.getLogger(__name__)
 
 
 class Ticket:
@@ -77,4 +80,7 @@ class Ticket:
             callbacks, self._callbacks = self._callbacks, []
         self._gate.release()
         for callback in callbacks:
-            callback(outcome)
+            try:
+                callback(outcome)
+            except Exception:  # noqa: BLE001 - one caller's bug must not end others' transfers
+                _log.exception("a callback of transfer %x failed", self.transfer_id)

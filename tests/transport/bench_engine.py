@@ -1,0 +1,104 @@
+"""Engine against raw NIXL in one run: `python -m tests.transport.bench_engine [blocks MiB]`.
+
+Prints medians and the ratio of the engine (hand-off, verification and publication included) to
+the bare backend that posts the same spans, interleaved so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+from hotset.transport.base import PostState
+from hotset.transport.batch import spans
+from hotset.transport.nixl import NixlBackend
+from hotset.transport.slab import Slab
+from tests.transport.peer import PeerProcess, Source, Store, build
+
+if TYPE_CHECKING:
+    from hotset.transport.base import PeerInfo
+
+ROUNDS = 15
+
+
+class Raw:
+    """The bare backend with a slab of its own, posting all spans at once."""
+
+    def __init__(self, peer: PeerInfo, *, blocks: int, nbytes: int) -> None:
+        self.slab = Slab(
+            capacity_bytes=blocks * (nbytes + 128),
+            slot_payload_bytes=nbytes,
+            name="raw",
+            incarnation=1,
+        )
+        self.backend = NixlBackend()
+        self.backend.register(self.slab)
+        self.backend.connect(peer)
+        self.peer = peer.name
+        slots = [self.slab.allocate(nbytes) for _ in range(blocks)]
+        self.slots = [slot for slot in slots if slot is not None]
+
+    def read(self, copies: list[Source]) -> int:
+        items = [copy.item(slot) for copy, slot in zip(copies, self.slots, strict=True)]
+        plan = spans(items)
+        begin = time.perf_counter_ns()
+        handle = self.backend.post(self.peer, plan)
+        while self.backend.poll(handle)[0] is PostState.PENDING:
+            pass
+        elapsed = time.perf_counter_ns() - begin
+        self.backend.release(handle)
+        return elapsed
+
+
+def read(store: Store, peer: str, copies: list[Source]) -> int:
+    """One read through the engine, from submission to the caller's wake-up, in ns."""
+    slots = [store.slab.allocate(copy.nbytes) for copy in copies]
+    items = [copy.item(slot) for copy, slot in zip(copies, slots, strict=True) if slot]
+    begin = time.perf_counter_ns()
+    outcome = store.engine.read(peer, items, deadline_ns=time.monotonic_ns() + 10**10).wait()
+    elapsed = time.perf_counter_ns() - begin
+    for result in outcome.items:
+        assert result.status.value == "done", result.error
+        store.slab.unpin(result.dest)
+        store.slab.retire(result.dest)
+    return elapsed
+
+
+def measure(*, blocks: int, nbytes: int, rounds: int) -> None:
+    """Print one line for a batch of `blocks` x `nbytes`."""
+    peer = PeerProcess(name="source", incarnation=1, blocks=blocks, nbytes=nbytes, room=0)
+    store = build(
+        name="sink", incarnation=1, backend=NixlBackend(), blocks=0, nbytes=nbytes, room=blocks
+    )
+    store.engine.connect(peer.info)
+    raw = Raw(peer.info, blocks=blocks, nbytes=nbytes)
+    bare, full = [], []
+    for _ in range(rounds):
+        bare.append(raw.read(peer.copies))
+        full.append(read(store, "source", peer.copies))
+    a, b = statistics.median(bare[2:]), statistics.median(full[2:])
+    size = blocks * nbytes
+    print(
+        f"{blocks:4d} x {nbytes >> 10:6d} KiB  raw {a / 1e3:8.0f} us {size / a:5.1f} GB/s"
+        f"  engine {b / 1e3:8.0f} us {size / b:5.1f} GB/s  ratio {a / b:.2f}"
+        f"  best {min(bare) / min(full):.2f}",
+        flush=True,
+    )
+    store.engine.close()
+    peer.close()
+
+
+def main() -> None:
+    """Measure the sizes that serving uses."""
+    print(platform.machine(), platform.python_version())
+    measure(blocks=1, nbytes=64 << 10, rounds=300)
+    measure(blocks=1, nbytes=1 << 20, rounds=200)
+    measure(blocks=1, nbytes=12 << 20, rounds=5 * ROUNDS)
+    measure(blocks=8, nbytes=70 << 10, rounds=200)
+    measure(blocks=64, nbytes=1 << 20, rounds=3 * ROUNDS)
+
+
+if __name__ == "__main__":
+    main()
