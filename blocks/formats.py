@@ -51,8 +51,14 @@ class Codec(ABC):
         """Restore a full-precision payload into `out` (u8, `layout.nbytes` long)."""
 
     @abstractmethod
-    def views(self, payload: torch.Tensor, layout: BlockLayout) -> ExpertWeights:
-        """View an encoded payload (u8, 64-byte aligned) as weights, without a copy."""
+    def views(
+        self, payload: torch.Tensor, layout: BlockLayout, *, scratch: torch.Tensor | None = None
+    ) -> ExpertWeights:
+        """View an encoded payload (u8, 64-byte aligned) as weights, without a copy.
+
+        With `scratch` (u8, `layout.nbytes` long) a reduced format is decoded there and the views
+        are of full precision: better for many rows, or for a device without an int8 product.
+        """
 
 
 class FullCodec(Codec):
@@ -74,8 +80,11 @@ class FullCodec(Codec):
         """As `Codec.decode`: copy."""
         out[: layout.nbytes].copy_(payload[: layout.nbytes])
 
-    def views(self, payload: torch.Tensor, layout: BlockLayout) -> ExpertWeights:
-        """As `Codec.views`."""
+    def views(
+        self, payload: torch.Tensor, layout: BlockLayout, *, scratch: torch.Tensor | None = None
+    ) -> ExpertWeights:
+        """As `Codec.views`; needs no scratch."""
+        del scratch
         return view_weights(payload, layout)
 
 
@@ -117,8 +126,13 @@ class Int8Codec(Codec):
             if scale is not None:
                 target.mul_(scale.unsqueeze(_channel_dim(layout)))
 
-    def views(self, payload: torch.Tensor, layout: BlockLayout) -> ExpertWeights:
-        """As `Codec.views`: int8 matrices with scales."""
+    def views(
+        self, payload: torch.Tensor, layout: BlockLayout, *, scratch: torch.Tensor | None = None
+    ) -> ExpertWeights:
+        """As `Codec.views`: int8 matrices with scales, or decoded ones."""
+        if scratch is not None:
+            self.decode(payload, layout, scratch)
+            return view_weights(scratch, layout)
         stored = self._split(payload, layout)
         tensors: dict[str, torch.Tensor] = {}
         for field in layout.fields:

@@ -55,11 +55,29 @@ def combine_eager(
     `hidden` [n, H] gives shape and type, `index` and `weights` are [n, K]; `outputs[e]` holds the
     rows of expert e in the order of `group_rows(index, e)`.
     """
+    if hidden.shape[0] == 1:
+        return _combine_one(hidden, index, weights, outputs)
     result = torch.zeros_like(hidden)
     for expert in sorted(outputs):
         positions, tokens = group_rows(index, expert)
         weighted = outputs[expert] * weights[tokens, positions, None]
         result.index_add_(0, tokens, weighted.to(result.dtype))
+    return result
+
+
+def _combine_one(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    outputs: Mapping[int, torch.Tensor],
+) -> torch.Tensor:
+    """Add up the experts of one token: the sums of `combine_eager` with a quarter of its calls."""
+    order = torch.argsort(index[0])
+    rows = torch.cat([outputs[expert] for expert in sorted(outputs)])
+    weighted = (rows * weights[0, order, None]).to(hidden.dtype)
+    result = torch.zeros_like(hidden)
+    for row in weighted:
+        result.add_(row)
     return result
 
 

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hotset.blocks.families import KINDS, make_random_checkpoint
+
+SEED = 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two threads on two shared cores spin against each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """One tiny checkpoint of each family, written by save_pretrained."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {kind: make_random_checkpoint(kind, root / kind, seed=SEED) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def olmoe(checkpoints):
+    return checkpoints["olmoe"]
