@@ -52,7 +52,7 @@ class RunReport:
 
 
 def render(report: RunReport, *, width: int = 80) -> str:
-    """Plain-text table, no colour, at most `width` columns where names allow."""
+    """Plain-text tables without the served text, at most `width` columns where names allow."""
     lines: list[str] = []
     for label, value in _facts(report):
         lines += plain.field(label, value, width=width)
@@ -84,15 +84,15 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
     if report.reference_tokens_per_s:
         ratio = report.tokens_per_s / report.reference_tokens_per_s
         speed += f"; reference {report.reference_tokens_per_s:.1f} ({ratio:.2f}x)"
+    served = f"{len(report.tokens):,} tokens, {report.requests:,} request(s), {report.wall_s:.1f} s"
     facts = [
         ("model", " ".join(filter(None, (report.model, report.digest and f"[{report.digest}]")))),
-        ("served", f"{len(report.tokens):,} tokens, {report.requests:,} request(s), "
-                   f"{report.wall_s:.1f} s"),
+        ("served", served),
         ("speed", speed),
         ("stall", f"{plain.human_ns(report.stall_ns_per_token)} per token"),
         ("same tokens", _identity(report)),
         ("trace", f"{report.trace}  ({report.dropped:,} rows dropped)"),
-    ]  # fmt: skip
+    ]
     return [(label, value) for label, value in facts if value]
 
 

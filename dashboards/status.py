@@ -106,13 +106,14 @@ def _facts(status: Status) -> list[tuple[str, str]]:
         for state, count in sorted(status.states.items())
         if count
     )
-    agree = "" if counted == status.blocks else f"; MISMATCH: states add up to {counted:,}"
+    agree = "" if counted == status.blocks else f"states add up to {counted:,}"
     vetoes = ", ".join(f"{count:,} {reason}" for reason, count in sorted(status.vetoes.items()))
     facts = [
         ("run", f"{status.run} ({status.mode})"),
         ("model", " ".join(filter(None, (status.model, status.digest and f"[{status.digest}]")))),
         ("epoch", f"{status.epoch:,}, {plain.human_ns(status.epoch_age_ns)} old"),
-        ("blocks", f"{status.blocks:,}: {states or 'none'}{agree}"),
+        ("blocks", f"{status.blocks:,}: {states or 'none'}"),
+        ("MISMATCH", agree),
         ("requests", f"{status.requests_in_flight:,} in flight, {status.tokens:,} tokens served"),
         ("stall", plain.human_ns(status.stall_ns)),
         ("vetoes", vetoes or "none"),

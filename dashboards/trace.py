@@ -7,7 +7,7 @@ For a device D (a store that computes: tier HBM, or one with steps) over its spa
   transfer; C = S minus W, because compute that waits is not computing;
 - X = union of the transfers that touch D, as destination or source, however they ended;
 - hidden = |C and X|, exposed = |X minus C|, overlap ratio = hidden / |X|, stall = |W|;
-- useful ratio = bytes used by compute / bytes moved to D; unknown when no row says that it was used.
+- useful ratio = bytes used by compute / bytes moved to D; unknown when no row says `used`.
 A total is the sum over devices, never a union over them: compute of one device does not hide the
 wait of another. Transfers between pools touch no device and count under `links` only.
 
