@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class ResidencyConfig:
     """Steers the caching of one device."""
 
-    half_life_steps: float = 12.0
+    half_life_steps: float = 8.0
     """Passes over the model after which a use counts half."""
     prefetch_depth: int = 1
     """Layers ahead for which prefetches are proposed; 0 turns the predictor off."""
@@ -29,7 +29,7 @@ class ResidencyConfig:
     """Most prefetches proposed for one layer ahead in one pass."""
     prefetch_min_probability: float = 0.15
     """Candidates below this expected use are not worth a transfer."""
-    prefetch_gain: float = 1.5
+    prefetch_gain: float = 1.2
     """A candidate must be this many times as likely as the copy that it would evict."""
     dense_ratio: float = 0.5
     """Above this share of experts touched per layer-step the predictor is off: prediction has

@@ -81,6 +81,7 @@ class DeviceTable:
         layers, num_experts = shape.layers, shape.num_experts
         self.full_nbytes = shape.full_nbytes
         self.reduced_nbytes = shape.reduced_nbytes
+        self._by_byte = shape.full_nbytes / shape.reduced_nbytes
         self.layers = layers
         self.num_experts = num_experts
         size = len(layers) * num_experts
@@ -262,7 +263,8 @@ class DeviceTable:
         if form is None or self._pins[flat] or self._coming[flat] is not None:
             self._rank[flat] = np.inf
         else:
-            self._rank[flat] = self._value(flat) * (self.full_nbytes / self.nbytes(form))
+            value = self._value(flat)
+            self._rank[flat] = value if form is Format.BF16 else value * self._by_byte
 
     def _move(self, flat: int, event: StateEvent, reason: Reason | None) -> None:
         story = self._story[flat]

@@ -10,6 +10,7 @@ The worker's protocol for each layer: `routed` -> pin what is resident -> for ea
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -18,14 +19,20 @@ from hotset.errors import ConfigError
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape, DeviceTable, Resident
 from hotset.policies.predictor import TransitionPredictor
+from hotset.policies.types import Format
 
 if TYPE_CHECKING:
-    from hotset.policies.types import Format, Reason, State
     from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
     from hotset.policies.states import StoryLine
+    from hotset.policies.types import Reason, State
+
+
+_RESCALE_AT = 1e100
+_MOST_REQUESTS = 1024
+"""Requests whose last layers are remembered; a worker forgets them when they end."""
 
 
 class LayerPlan(NamedTuple):
@@ -188,12 +195,14 @@ class LoadOnDemandResidency(LruResidency):
 
 
 class DeviceResidency(DeviceTable):
-    """Aged popularity with prefetch from layer-to-layer transitions.
+    """Aged popularity, with prefetch from layer-to-layer transitions.
 
-    The value of a copy is its expected use in the next pass (aged uses, half-life
-    `half_life_steps`) by byte. A candidate for prefetch is an absent block of a layer ahead whose
-    predicted chance beats the cheapest victim's by `prefetch_gain`. The predictor is silent
-    while nearly all experts of a layer are touched (`dense_ratio`).
+    The value of a copy is its aged number of uses by byte: every layer comes once a pass, so
+    what counts is the chance of use in the next pass, not the distance to it. The weight of a
+    use grows instead of all counts fading, so a use touches one number. A candidate for prefetch
+    is an absent block of a layer ahead; its chance mixes the predictor's with its own popularity
+    (either alone fetches too much), and must beat the cheapest victim's by `prefetch_gain`. The
+    predictor is silent while most experts of a layer are touched (`dense_ratio`).
     """
 
     def __init__(
@@ -206,17 +215,20 @@ class DeviceResidency(DeviceTable):
         """`predictor` None builds one from `config`."""
         super().__init__(shape)
         self.config = config or ResidencyConfig()
+        rows, size = len(shape.layers), shape.num_experts
         self.predictor = predictor or TransitionPredictor(
-            rows=len(shape.layers),
-            num_experts=shape.num_experts,
+            rows=rows,
+            num_experts=size,
             depth=max(1, self.config.prefetch_depth),
             half_life_steps=self.config.transition_half_life_steps,
         )
-        self._use = [0.0] * (len(shape.layers) * shape.num_experts)
+        self._rows = rows
+        self._use = np.zeros(rows * size)
         self._weight = 1.0
-        self._growth = 2.0 ** (1.0 / (self.config.half_life_steps * len(shape.layers)))
+        self._growth = 2.0 ** (1.0 / (self.config.half_life_steps * rows))
+        self._fade = 1.0 - 2.0 ** (-1.0 / self.config.half_life_steps)
         self._touched_ratio = 0.0
-        self._last: dict[int, tuple[int, NDArray[np.intp]]] = {}
+        self._paths: dict[int, deque[tuple[int, NDArray[np.intp]]]] = {}
 
     @property
     def predicting(self) -> bool:
@@ -235,27 +247,85 @@ class DeviceResidency(DeviceTable):
         """See `ResidencyPolicy`."""
         self._step = step
         base = self._base[layer]
-        use = self._use
-        self._weight *= self._growth
-        for expert in experts:
-            use[base + expert] += self._weight
-            self._refresh(base + expert)
+        now = np.array(experts, dtype=np.intp)
+        plan = _sort_needs(self, base, experts=experts, counts=counts)
+        self._note_use(base, now=now, experts=experts)
+        # Prefill and large batches at once, decode only when it has lasted.
         ratio = len(experts) / self.num_experts
-        self._touched_ratio += 0.1 * (ratio - self._touched_ratio)
-        return _sort_needs(self, base, experts=experts, counts=counts)
+        self._touched_ratio = max(ratio, 0.9 * self._touched_ratio + 0.1 * ratio)
+        if not self.predicting:
+            self._paths.pop(request, None)
+            return plan
+        row = base // self.num_experts
+        self._learn(row, now=now, request=request)
+        for distance in range(1, self.config.prefetch_depth + 1):
+            self._propose(row, now=now, distance=distance, into=plan.prefetch)
+        return plan
+
+    def _note_use(self, base: int, *, now: NDArray[np.intp], experts: Sequence[int]) -> None:
+        self._weight *= self._growth
+        if self._weight > _RESCALE_AT:
+            self._use /= self._weight
+            self._rank /= self._weight
+            self._weight = 1.0
+        flats = now + base
+        values = self._use[flats] + self._weight
+        self._use[flats] = values
+        rank, form, pins, coming = self._rank, self._format, self._pins, self._coming
+        for expert, value in zip(experts, values.tolist(), strict=True):
+            flat = base + expert
+            held = form[flat]
+            if held is not None and not pins[flat] and coming[flat] is None:
+                rank[flat] = value if held is Format.BF16 else value * self._by_byte
+
+    def _learn(self, row: int, *, now: NDArray[np.intp], request: int) -> None:
+        path = self._paths.get(request)
+        if path is None:
+            if len(self._paths) >= _MOST_REQUESTS:
+                del self._paths[next(iter(self._paths))]
+            path = self._paths[request] = deque(maxlen=self.predictor.depth)
+        for distance, (before_row, before) in enumerate(path, start=1):
+            if (before_row + distance) % self._rows == row:
+                self.predictor.observe(row, distance=distance, before=before, now=now)
+        path.appendleft((row, now))
+
+    def _propose(
+        self, row: int, *, now: NDArray[np.intp], distance: int, into: list[tuple[int, int]]
+    ) -> None:
+        target = (row + distance) % self._rows
+        base = target * self.num_experts
+        config = self.config
+        chance = self.predictor.predict(row, distance=distance, experts=now)
+        unit = self._fade / self._weight
+        chance = 0.5 * chance + (0.5 * unit) * self._use[base : base + self.num_experts]
+        bar = config.prefetch_min_probability
+        if not self.room(self.full_nbytes):
+            cheapest = float(self._rank.min()) * unit * config.prefetch_gain
+            bar = max(bar, cheapest)
+        likely = np.flatnonzero(chance >= bar)
+        if not len(likely):
+            return
+        landed, coming = self._format, self._coming
+        absent = [
+            (-value, expert)
+            for expert, value in zip(likely.tolist(), chance[likely].tolist(), strict=True)
+            if landed[base + expert] is None and coming[base + expert] is None
+        ]
+        absent.sort()
+        layer = self.layers[target]
+        into.extend((layer, expert) for _, expert in absent[: config.prefetch_per_layer])
 
     def _value(self, flat: int) -> float:
-        return self._use[flat]
+        return float(self._use[flat])
 
     def forget(self, request: int) -> None:
         """Free what was kept for a request that has ended."""
-        self._last.pop(request, None)
+        self._paths.pop(request, None)
 
     def expected_use(self) -> NDArray[np.float64]:
-        """Aged share of passes that used each block, [L, E] in 0..1."""
-        shape = (len(self.layers), self.num_experts)
-        fade = 1.0 - 2.0 ** (-1.0 / self.config.half_life_steps)
-        return np.array(self._use).reshape(shape) * (fade / self._weight)
+        """Return the aged share of passes that used each block, [L, E] in 0..1."""
+        use: NDArray[np.float64] = self._use * (self._fade / self._weight)
+        return use.reshape(self._rows, self.num_experts)
 
 
 def _sort_needs(

@@ -1,0 +1,130 @@
+"""The brain's books of one store: what it holds, what is on its way, what waits for room.
+
+Decides nothing. Must not know other stores. Blocks are flat indexes into the brain's sorted
+tuple of blocks.
+
+Invariant (with `ClusterBrain.validate`): used + pending bytes never exceed the capacity; queued
+wishes claim nothing until they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hotset.policies.types import Format, Reason, StoreInfo, Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.policies.config import PolicyConfig
+    from hotset.policies.types import BlockInfo
+
+
+class Wish(NamedTuple):
+    """A copy that a store should get."""
+
+    flat: int
+    format: Format
+    reason: Reason
+    cause: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Pending:
+    """A transfer that the brain has asked for and not heard of yet."""
+
+    nbytes: int
+    reason: Reason
+    asked_ns: int
+
+
+class Sizes:
+    """Bytes of a slot for each block and format, header and alignment included."""
+
+    def __init__(self, blocks: Sequence[BlockInfo], *, config: PolicyConfig) -> None:
+        """Blocks in flat order."""
+        header, align = config.slot_header_bytes, config.slot_align_bytes
+
+        def slots(nbytes: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+            payload = -(-np.array(nbytes, dtype=np.int64) // align) * align
+            return payload + header
+
+        self.full = slots([info.nbytes for info in blocks])
+        self.reduced = slots([info.reduced_nbytes for info in blocks])
+        self.smallest = int(min(self.full.min(), self.reduced.min())) if blocks else 0
+
+    def of(self, flat: int, form: Format) -> int:
+        """Bytes of a slot that holds the block in this format."""
+        return int(self.full[flat] if form is Format.BF16 else self.reduced[flat])
+
+
+class StoreBook:
+    """One store as the brain sees it. Arrays are by flat block index."""
+
+    def __init__(self, info: StoreInfo, *, size: int) -> None:
+        """Start empty."""
+        self.info = info
+        self.capacity_bytes = info.capacity_bytes
+        self.draining = False
+        self.used_bytes = 0
+        self.pending_bytes = 0
+        self.full = np.zeros(size, dtype=bool)  # a verified full copy is listed
+        self.coming = np.zeros(size, dtype=bool)  # a full copy is asked for or queued
+        self.landed_ns = np.zeros(size, dtype=np.int64)
+        self.retry_ns: dict[tuple[int, Format], int] = {}
+        self.pending: dict[tuple[int, Format], Pending] = {}
+        self.dropping: dict[tuple[int, Format], int] = {}  # asked at
+        self.queue: deque[Wish] = deque()
+
+    @property
+    def pool(self) -> bool:
+        """Whether the brain fills and empties this store; a worker manages its own memory."""
+        return self.info.tier in {Tier.HOST, Tier.CXL}
+
+    @property
+    def worker(self) -> bool:
+        """Whether this is a device's fast memory."""
+        return self.info.tier in {Tier.HBM, Tier.COMPRESSED}
+
+    def free_bytes(self, sizes: Sizes) -> int:
+        """Bytes that nothing holds, claims or waits for; drops on their way count as free."""
+        queued = sum(sizes.of(wish.flat, wish.format) for wish in self.queue)
+        leaving = sum(sizes.of(flat, form) for flat, form in self.dropping)
+        return self.capacity_bytes - self.used_bytes - self.pending_bytes - queued + leaving
+
+    def fits(self, nbytes: int) -> bool:
+        """Whether the bytes fit now, counting what is on its way."""
+        return self.used_bytes + self.pending_bytes + nbytes <= self.capacity_bytes
+
+    def wish(self, wish: Wish) -> None:
+        """Queue a copy for this store."""
+        self.queue.append(wish)
+        if wish.format is Format.BF16:
+            self.coming[wish.flat] = True
+
+    def ask(self, wish: Wish, *, nbytes: int, now_ns: int) -> None:
+        """Claim the bytes of a transfer that is asked for now."""
+        self.pending[wish.flat, wish.format] = Pending(
+            nbytes=nbytes, reason=wish.reason, asked_ns=now_ns
+        )
+        self.pending_bytes += nbytes
+
+    def settle(self, flat: int, form: Format) -> Pending | None:
+        """End the claim of a transfer, however it ended."""
+        pending = self.pending.pop((flat, form), None)
+        if pending is not None:
+            self.pending_bytes -= pending.nbytes
+            if form is Format.BF16:
+                self.coming[flat] = False
+        return pending
+
+    def forget_wishes(self) -> None:
+        """Empty the queue."""
+        for wish in self.queue:
+            if wish.format is Format.BF16:
+                self.coming[wish.flat] = False
+        self.queue.clear()
