@@ -89,10 +89,10 @@ REQUEST = Attribute(
     name="hotset.request.trace_id", meaning="trace id of the request, 32 hex digits"
 )
 EPOCH = Attribute(name="hotset.epoch", meaning="epoch that the plan made")
-LINK = Attribute(name="hotset.link", meaning="of a link: always `waited_on`, compute to transfer")
+LINK = Attribute(name="hotset.link", meaning="of a link: always `waited_on`, from compute")
 
 WAITED_ON = "waited_on"
-"""Value of `hotset.link`: the linked span is the transfer that this span waited for."""
+"""Value of `hotset.link`: this span waited for the linked one, a transfer or a dispatch."""
 
 SPAN_ATTRIBUTES = (
     SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, TOKENS, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
@@ -116,7 +116,7 @@ SPAN_TRANSFER = Span(
 )  # fmt: skip
 SPAN_STEP = Span(
     name="hotset.compute.step",
-    meaning="one forward pass of one request; links waited_on to each transfer it waited for",
+    meaning="one forward pass of one request; links to each transfer that it waited for",
     attributes=(TOKENS, CODE, REQUEST),
 )
 SPAN_LAYER = Span(
@@ -126,7 +126,7 @@ SPAN_LAYER = Span(
 )
 SPAN_WAIT = Span(
     name="hotset.wait",
-    meaning="a stall: compute of the parent step waited; link waited_on to the transfer",
+    meaning="a stall: compute of the parent step waited; link to the transfer or dispatch",
     attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, REQUEST),
 )
 SPAN_DISPATCH = Span(

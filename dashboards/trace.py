@@ -3,8 +3,8 @@
 Reads recorded files only; must not know how anything was decided. All times are int nanoseconds.
 
 For a device D (a store that computes: tier HBM, or one with steps) over its spans:
-- S = union of its steps and of layers it computed for peers; W = union of its waits that link to a
-  transfer; C = S minus W, because compute that waits is not computing;
+- S = union of its steps and of layers it computed for peers; W = union of its waits that carry a
+  link, to a transfer or to a dispatch; C = S minus W, because compute that waits is not computing;
 - X = union of the transfers that touch D, as destination or source, however they ended;
 - hidden = |C and X|, exposed = |X minus C|, overlap ratio = hidden / |X|, stall = |W|;
 - useful ratio = bytes used by compute / bytes moved to D; unknown when no row says `used`.
@@ -40,10 +40,12 @@ class Figures:
     """What happened on one device, or on all (`total`). `dropped` and `spans` count rows.
 
     `idle_ns` is time between the device's first and last span in which it neither computed nor
-    waited. Ratios are None when there is nothing to divide by.
+    waited. `dispatch_stall_ns` is the part of the stall that waited for a peer's result in place of
+    weights. Ratios are None when there is nothing to divide by.
     """
 
     stall_ns: int
+    dispatch_stall_ns: int
     hidden_ns: int
     exposed_ns: int
     transfer_ns: int
@@ -123,6 +125,8 @@ class _Masks:
         self.wait = spans.where("name", names.SPAN_WAIT.name)
         self.dispatch = spans.where("name", names.SPAN_DISPATCH.name)
         self.linked = spans.table["links"] > 0
+        dispatches = spans.table["span_id"][self.dispatch]
+        self.dispatch_wait = self.wait & self.linked & np.isin(spans.table["link"], dispatches)
         self.ok = spans.where("code", "ok")
 
 
@@ -148,6 +152,7 @@ def _device(spans: Spans, masks: _Masks, name: str) -> Figures:
     window_ns = int(over_ns.max() - begun_ns.min()) if len(begun_ns) else 0
     return Figures(
         stall_ns=stalled.length_ns,
+        dispatch_stall_ns=_intervals(spans, mine & masks.dispatch_wait).length_ns,
         hidden_ns=hidden_ns,
         exposed_ns=moving.length_ns - hidden_ns,
         transfer_ns=moving.length_ns,
@@ -173,6 +178,7 @@ def _total(devices: list[Figures], *, dropped: int, spans: int) -> Figures:
     used_bytes = sum(one.used_bytes for one in devices)
     return Figures(
         stall_ns=sum(one.stall_ns for one in devices),
+        dispatch_stall_ns=sum(one.dispatch_stall_ns for one in devices),
         hidden_ns=hidden_ns,
         exposed_ns=transfer_ns - hidden_ns,
         transfer_ns=transfer_ns,

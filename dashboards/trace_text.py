@@ -39,6 +39,11 @@ def render_text(analysis: Analysis, *, width: int = 80) -> str:
         "compute beside it; overlap = hidden / transfer.",
         width=width,
     )
+    if total.dispatch_stall_ns:
+        lines += wrap(
+            f"Of the stall, {human_ns(total.dispatch_stall_ns)} waited for a peer's result.",
+            width=width,
+        )
     if analysis.links:
         links = [
             (name, human_bytes(one.bytes), f"{one.transfers:,}", human_ns(one.busy_ns),

@@ -254,6 +254,22 @@ def test_a_wait_for_a_lost_transfer_still_counts(tmp_path: Path) -> None:
     assert "waits name no transfer" in render_text(found)
 
 
+def test_waiting_for_a_peers_result_is_told_apart(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path,
+        [
+            Event("worker-0", Kind.STEP, 0, 50),
+            Event("worker-0", Kind.DISPATCH, 5, 20, source=1),
+            Event("worker-0", Kind.TRANSFER, 5, 30, source=2),
+            Event("worker-0", Kind.WAIT, 10, 15, waits_for=2),
+            Event("worker-0", Kind.WAIT, 25, 10, waits_for=3),
+        ],
+    )
+    total = analyze(run).total
+    assert (total.stall_ns, total.dispatch_stall_ns, total.dispatch_ns) == (25, 15, 20)
+    assert "waited for a peer's result" in render_text(analyze(run))
+
+
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no run at .*: give the folder"):
         analyze(tmp_path / "nothing")
