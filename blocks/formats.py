@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ALIGN = 64  # bytes; every tensor of an encoded payload starts on a cache line
 _LEVELS = 127
-_SCALE_SLACK = 1 + 2**-8  # a bf16 scale rounds by at most 2**-9, so the largest weight never clips
+_SCALE_SLACK = 1 + 2**-8  # a bf16 scale rounds by at most 2**-8, so no weight exceeds 127 levels
 _SMALLEST = 1e-30  # amplitude of an all-zero channel
 
 

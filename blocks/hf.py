@@ -17,6 +17,7 @@ import gc
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,7 +28,6 @@ from hotset.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from hotset.blocks.experts import ExpertsModule
 
@@ -77,6 +77,7 @@ class Skeleton:
     catalog: Catalog
     dense_bytes: int
     layers: tuple[int, ...]
+    experts: dict[int, ExpertsModule]
     binding: Binding
 
     def bind(self, runner: ExpertRunner) -> None:
@@ -119,7 +120,7 @@ def load_skeleton(
         )
     with _LOADING:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_layer)
-        with _hollow_experts(str(path)):
+        with _build_errors(str(path)), _hollow_experts(str(path)):
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=own,
@@ -129,15 +130,16 @@ def load_skeleton(
             )
     _check_loaded(str(path), info, catalog)
     model = model.eval().requires_grad_(requires_grad=False)
-    _own_memory(model)
+    _own_memory(model, str(path))
     model = model.to(device)
     binding = Binding()
-    layers = _bind_layers(model, binding, catalog=catalog)
+    experts = _bind_layers(model, binding, catalog=catalog)
     return Skeleton(
         model=model,
         catalog=catalog,
         dense_bytes=_held_bytes(model),
-        layers=layers,
+        layers=catalog.layers,
+        experts=experts,
         binding=binding,
     )
 
@@ -197,24 +199,39 @@ def _hollow_experts(path: str) -> Iterator[None]:
     from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
     originals = _experts_classes(path)
-    mapping = {name: _hollow(cls) for name, cls in originals.items()}
+    hollows = {name: _hollow(cls) for name, cls in originals.items()}
+    # Keys are searched for as patterns: anchors keep a name from matching inside a longer one.
+    mapping = {f"^{name}$": hollow for name, hollow in hollows.items()}
     register_patch_mapping(mapping)
     try:
         with _quiet():
             yield
     finally:
         unregister_patch_mapping(list(mapping))
-        _restore(originals, mapping)
+        _restore(originals, hollows)
 
 
-def _restore(originals: dict[str, type], mapping: dict[str, type]) -> None:
+def _restore(originals: dict[str, type], hollows: dict[str, type]) -> None:
     """Put back classes that transformers leaves patched when a constructor raises."""
     for module in list(sys.modules.values()):
         if not getattr(module, "__name__", "").startswith("transformers."):
             continue
         for name, original in originals.items():
-            if vars(module).get(name) is mapping[name]:
+            if vars(module).get(name) is hollows[name]:
                 setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def _build_errors(path: str) -> Iterator[None]:
+    """Turn what transformers raises for a config that does not fit into a CheckpointError."""
+    try:
+        yield
+    except (KeyError, ValueError, OSError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: transformers cannot load the dense part ({type(error).__name__}: {reason})",
+            remedy="check that config.json belongs to these safetensors files",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -246,27 +263,29 @@ def _check_loaded(path: str, info: dict[str, Any], catalog: Catalog) -> None:
             )
 
 
-def _own_memory(model: torch.nn.Module) -> None:
+def _own_memory(model: torch.nn.Module, path: str) -> None:
     """Clone what transformers left as views of mapped files, so that nothing can be paged out."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
-    gc.collect()  # the mapping goes with the last reference to it
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or str(Path(path).resolve()) in maps.read_text():
+        gc.collect()  # a mapping goes with the last reference to it, and a cycle may hold one
 
 
-def _bind_layers(model: Any, binding: Binding, *, catalog: Catalog) -> tuple[int, ...]:
-    layers = []
+def _bind_layers(model: Any, binding: Binding, *, catalog: Catalog) -> dict[int, ExpertsModule]:
+    layers: dict[int, ExpertsModule] = {}
     for name, module in model.named_modules():
         if is_experts(module):
             module.hotset_binding = binding
             module.hotset_layer = layer_of(name)
-            layers.append(module.hotset_layer)
+            layers[module.hotset_layer] = module
     if tuple(sorted(layers)) != catalog.layers:
         raise CheckpointError(
             f"{catalog.path}: the model has MoE layers {sorted(layers)}, its files "
             f"{list(catalog.layers)}",
             remedy="check that config.json belongs to these safetensors files",
         )
-    return catalog.layers
+    return layers
 
 
 def _held_bytes(model: torch.nn.Module) -> int:

@@ -4,9 +4,12 @@ import json
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.families import KINDS, make_random_checkpoint
 from hotset.blocks.local import BlockReader
@@ -14,21 +17,26 @@ from hotset.blocks.naming import TableNaming, TransformersNaming
 from hotset.blocks.tensors import read_shard
 from hotset.policies.types import BlockId
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hotset.blocks.families import Kind
+
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_byte_is_dense_or_of_one_expert(checkpoints, kind):
+def test_every_byte_is_dense_or_of_one_expert(checkpoints: dict[str, Path], kind: Kind) -> None:
     catalog = Catalog.open(checkpoints[kind])
     shard = read_shard(checkpoints[kind] / "model.safetensors")
     total = sum(t.nbytes for t in shard.tensors)
     ranges = sorted((s.offset, s.nbytes) for b in catalog.blocks for s in catalog.ranges(b))
     assert catalog.dense_bytes + catalog.expert_bytes == total
     assert sum(n for _, n in ranges) == catalog.expert_bytes
-    assert all(a + n <= b for (a, n), (b, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in pairwise(ranges))
     assert len(catalog.blocks) == len(catalog.layers) * catalog.num_experts
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_payload_is_the_models_own_weights(checkpoints, kind):
+def test_payload_is_the_models_own_weights(checkpoints: dict[str, Path], kind: Kind) -> None:
     from transformers import AutoModelForCausalLM
 
     catalog = Catalog.open(checkpoints[kind])
@@ -49,7 +57,7 @@ def test_payload_is_the_models_own_weights(checkpoints, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_table_and_transformers_agree_on_names(checkpoints, kind):
+def test_table_and_transformers_agree_on_names(checkpoints: dict[str, Path], kind: Kind) -> None:
     config = json.loads((checkpoints[kind] / "config.json").read_bytes())
     table = TableNaming(config, transposed=kind == "gpt_oss")
     theirs = TransformersNaming(str(checkpoints[kind]), model_type=kind)
@@ -60,7 +68,7 @@ def test_table_and_transformers_agree_on_names(checkpoints, kind):
     ]
 
 
-def test_a_family_outside_the_table_is_read_by_transformers(tmp_path, olmoe):
+def test_a_family_outside_the_table_is_read_by_transformers(tmp_path: Path, olmoe: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -77,17 +85,17 @@ def test_a_family_outside_the_table_is_read_by_transformers(tmp_path, olmoe):
     ]
 
 
-def test_dense_layers_leave_gaps(checkpoints):
+def test_dense_layers_leave_gaps(checkpoints: dict[str, Path]) -> None:
     assert Catalog.open(checkpoints["deepseek_v3"]).layers == (1, 2)
 
 
-def test_prediction_layers_beyond_the_model_are_not_blocks(checkpoints):
+def test_prediction_layers_beyond_the_model_are_not_blocks() -> None:
     naming = TableNaming({"num_hidden_layers": 61}, transposed=False)
     assert naming.place("model.layers.60.mlp.experts.3.up_proj.weight") is not None
     assert naming.place("model.layers.61.mlp.experts.3.up_proj.weight") is None
 
 
-def test_shards(tmp_path, olmoe):
+def test_shards(tmp_path: Path, olmoe: Path) -> None:
     path = make_random_checkpoint("olmoe", tmp_path, seed=1, max_shard_bytes=100_000)
     sharded, single = Catalog.open(path), Catalog.open(olmoe)
     assert len({p.path for s in sharded.blocks.values() for p in s.parts}) > 2
@@ -96,13 +104,13 @@ def test_shards(tmp_path, olmoe):
     assert sharded.dense_bytes == single.dense_bytes
 
 
-def test_gate_and_up_are_one_read_where_they_are_neighbours(olmoe):
+def test_gate_and_up_are_one_read_where_they_are_neighbours(olmoe: Path) -> None:
     catalog = Catalog.open(olmoe)
     spans = catalog.ranges(BlockId(0, 0))
     assert [s.nbytes for s in spans] == [2 * 32 * 64 * 2, 64 * 32 * 2]
 
 
-def test_key_names_block_and_version(checkpoints):
+def test_key_names_block_and_version(checkpoints: dict[str, Path]) -> None:
     olmoe, mixtral = Catalog.open(checkpoints["olmoe"]), Catalog.open(checkpoints["mixtral"])
     key = olmoe.key(BlockId(2, 300))
     assert len(key) == 16
@@ -111,7 +119,7 @@ def test_key_names_block_and_version(checkpoints):
     assert len({olmoe.key(b) for b in olmoe.blocks}) == len(olmoe.blocks)
 
 
-def test_digest_follows_headers_and_config(tmp_path, olmoe):
+def test_digest_follows_headers_and_config(tmp_path: Path, olmoe: Path) -> None:
     first = Catalog.open(olmoe).digest
     again = make_random_checkpoint("olmoe", tmp_path / "again", seed=1)
     assert Catalog.open(again).digest == first
@@ -123,15 +131,15 @@ def test_digest_follows_headers_and_config(tmp_path, olmoe):
     assert Catalog.open(wider).digest != first
 
 
-def test_catalog_survives_pickling(olmoe):
+def test_catalog_survives_pickling(olmoe: Path) -> None:
     catalog = Catalog.open(olmoe)
     assert pickle.loads(pickle.dumps(catalog)) == catalog  # noqa: S301 - our own bytes
 
 
-def test_opening_needs_no_torch(olmoe):
+def test_opening_needs_no_torch(olmoe: Path) -> None:
     code = (
         "import sys; from hotset.blocks.checkpoint import Catalog; "
         f"Catalog.open({str(olmoe)!r}); sys.exit('torch' in sys.modules)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], check=False)  # noqa: S603 - our own code
+    ended = subprocess.run([sys.executable, "-c", code], check=False)
     assert ended.returncode == 0
