@@ -171,14 +171,13 @@ class Mover:
 
     def step(self) -> int | None:
         """Do what is due. Returns ns until the next turn: 0 at once, None when a message wakes."""
+        self._expire(time.monotonic_ns())  # first: what is late is not posted
         posted = self._post_next()
         if self._posted:
             self._poll()
         now = time.monotonic_ns()
         if self._held:
             self._release_held(now)
-        while self._deadlines and self._deadlines[0][0] <= now:
-            self._expire(heapq.heappop(self._deadlines)[2])
         if posted:
             self._last_progress_ns = now
             return 0
@@ -393,9 +392,11 @@ class Mover:
         if chunk.job.open_chunks == 0:
             self._finish(chunk.job)
 
-    def _expire(self, job: Job) -> None:
-        if job.ticket in self.jobs:
-            self._give_up(job, Status.TIMED_OUT, "the deadline passed")
+    def _expire(self, now: int) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            job = heapq.heappop(self._deadlines)[2]
+            if job.ticket in self.jobs:
+                self._give_up(job, Status.TIMED_OUT, "the deadline passed")
 
     def _give_up(self, job: Job, status: Status, error: str) -> None:
         """End what has not ended: posted chunks go to quarantine, the others free their slots."""

@@ -4,6 +4,9 @@ Ranges that lie side by side in a file are read by one `preadv` that scatters in
 whatever the order in which the slots want them; short reads are continued; long ranges are cut so
 that the pool's threads share them. It must not know what the bytes mean.
 
+NIXL's POSIX plugin was measured against bare preadv, 12 MiB reads on a busy machine: 1.04 of
+preadv's bandwidth warm, 0.64 cold. preadv also scatters, so preadv it is.
+
 Invariants: a job ends exactly once, after the last thread has stopped touching its slots; an item
 is good only when every byte of it was read. The pool's threads release the GIL while they read
 and hash.

@@ -59,9 +59,7 @@ def fill(slab: Slab, slot: Slot, *, seed: int) -> Source:
     slab.write_payload(slot, data.data)
     key = seed.to_bytes(16, "little")
     total = checksum(data.data)
-    generation = slab.publish(
-        slot, key=key, format_code=FORMAT, nbytes=slot.nbytes, checksum=total
-    )
+    generation = slab.publish(slot, key=key, format_code=FORMAT, nbytes=slot.nbytes, checksum=total)
     return Source(
         offset=slot.offset,
         key=key,
@@ -126,10 +124,12 @@ def _obey(store: Store, order: str, argument: Any) -> Any:
         return slab.retire(store.slots[argument])
     if order == "refill":  # the slot's bytes are reused by another copy
         slab.retire(store.slots[argument])
-        slot = slab.allocate(store.slots[argument].nbytes)
-        while slot is not None and slot.offset != store.slots[argument].offset:
-            slot = slab.allocate(slot.nbytes)
-        assert slot is not None
+        taken = [slab.allocate(store.slots[argument].nbytes) for _ in range(slab.super_slots)]
+        free = [slot for slot in taken if slot is not None]
+        slot = next(slot for slot in free if slot.offset == store.slots[argument].offset)
+        for other in free:
+            if other is not slot:
+                slab.fail(other)
         store.slots[argument] = slot
         return fill(slab, slot, seed=1000 + argument)
     if order == "flip":  # silent corruption: a byte changes under a valid header
