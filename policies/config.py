@@ -29,7 +29,7 @@ class ResidencyConfig:
     """Most prefetches proposed for one layer ahead in one pass."""
     prefetch_min_probability: float = 0.15
     """Candidates below this expected use are not worth a transfer."""
-    prefetch_gain: float = 1.2
+    prefetch_gain: float = 1.8
     """A candidate must be this many times as likely as the copy that it would evict."""
     dense_ratio: float = 0.5
     """Above this share of experts touched per layer-step the predictor is off: prediction has

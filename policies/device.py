@@ -11,7 +11,7 @@ copies.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -70,8 +70,12 @@ class DeviceTable:
     """States, bytes and pins of every block at one device.
 
     `row * num_experts + expert` is a block's flat index, `row` the position of its layer in
-    `layers`. `rank[flat]` is the value of keeping the copy: the victim has the lowest.
+    `layers`. `rank[flat]` is the value of keeping the copy: the victim has the lowest. It is
+    `_value(flat)`, which is positive, times `held[flat]`: 1 for an evictable full copy, more for
+    a reduced one (value by byte), infinite where there is nothing to evict.
     """
+
+    _rank_dtype: type[np.floating[Any]] = np.float64
 
     def __init__(self, shape: DeviceShape, *, staged: bool = False) -> None:
         """`staged`: every block starts in S4 (a host or CXL copy exists) instead of S5."""
@@ -90,7 +94,8 @@ class DeviceTable:
         self._format: list[Format | None] = [None] * size
         self._coming: list[Format | None] = [None] * size
         self._pins = [0] * size
-        self._rank = np.full(size, np.inf)
+        self._rank = np.full(size, np.inf, dtype=self._rank_dtype)
+        self._held = np.full(size, np.inf, dtype=self._rank_dtype)
         self._story: list[BlockStory | None] = [None] * size
         self._step = 0
 
@@ -140,7 +145,7 @@ class DeviceTable:
         self._move(flat, StateEvent.FETCH_STARTED, reason)
         self._coming[flat] = form
         self.used_bytes += want
-        self._rank[flat] = np.inf
+        self._rank[flat] = self._held[flat] = np.inf
 
     def landed(self, layer: int, expert: int) -> None:
         """Note that the fetch ended with a verified copy; a copy that it replaces is released."""
@@ -185,7 +190,7 @@ class DeviceTable:
         self._move(flat, event, reason)
         self.used_bytes -= self.nbytes(self._format[flat] or Format.BF16)
         self._format[flat] = None
-        self._rank[flat] = np.inf
+        self._rank[flat] = self._held[flat] = np.inf
 
     def demoted(self, layer: int, expert: int, form: Format = Format.INT8) -> None:
         """Note that the full copy was encoded here in a reduced format and its bytes freed."""
@@ -211,7 +216,7 @@ class DeviceTable:
                 remedy="wait until it has landed",
             )
         self._pins[flat] += 1
-        self._rank[flat] = np.inf
+        self._rank[flat] = self._held[flat] = np.inf
 
     def unpin(self, layer: int, expert: int) -> None:
         """Give back one pin."""
@@ -255,16 +260,16 @@ class DeviceTable:
 
     def _value(self, flat: int) -> float:
         """Value of keeping this block's copy; policies say what it is."""
-        return float(flat)
+        return 1.0 + flat
 
     def _refresh(self, flat: int) -> None:
         """Set the rank after the block has landed or was unpinned."""
         form = self._format[flat]
         if form is None or self._pins[flat] or self._coming[flat] is not None:
-            self._rank[flat] = np.inf
-        else:
-            value = self._value(flat)
-            self._rank[flat] = value if form is Format.BF16 else value * self._by_byte
+            self._rank[flat] = self._held[flat] = np.inf
+            return
+        held = self._held[flat] = 1.0 if form is Format.BF16 else self._by_byte
+        self._rank[flat] = self._value(flat) * held
 
     def _move(self, flat: int, event: StateEvent, reason: Reason | None) -> None:
         story = self._story[flat]
@@ -280,7 +285,7 @@ class DeviceTable:
 
     def ranks(self) -> NDArray[np.float64]:
         """Value of keeping each copy, [L, E]; infinite where there is nothing to evict."""
-        return self._rank.reshape(len(self.layers), self.num_experts).copy()
+        return self._rank.reshape(len(self.layers), self.num_experts).astype(np.float64)
 
     def validate(self) -> None:
         """Assert the invariants of this module."""

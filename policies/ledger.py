@@ -21,7 +21,7 @@ from hotset.policies.config import PolicyConfig
 from hotset.policies.directory import CopyKey, Delta, Directory
 from hotset.policies.guard import Guardrail
 from hotset.policies.popularity import ONE, Popularity
-from hotset.policies.states import BlockStory, state_of
+from hotset.policies.states import BlockStory, StoryLine, state_of
 from hotset.policies.types import BlockId, BlockInfo, Copy, Format, Reason, State, StoreInfo
 
 if TYPE_CHECKING:
@@ -146,6 +146,11 @@ class ClusterLedger:
         """Aged tokens by block, [blocks], in the order of `blocks`."""
         return self._popularity.counts / ONE
 
+    def story_lines(self, block: BlockId) -> tuple[StoryLine, ...]:
+        """Return what happened to the block, oldest first."""
+        story = self._stories.get(block)
+        return story.lines() if story else ()
+
     def story(self, block: BlockId) -> tuple[str, ...]:
         """Return what happened to the block, oldest first, one line each."""
         story = self._stories.get(block)
@@ -158,7 +163,9 @@ class ClusterLedger:
         story = self._stories.get(block)
         if story is None:
             story = self._stories[block] = BlockStory(limit=self.config.story_lines)
-        story.add(self._now_ns, state=self.state(block, store), event=event, reason=reason)
+        story.add(
+            self._now_ns, state=self.state(block, store), event=event, reason=reason, store=store
+        )
 
     def _list(self, book: StoreBook, copy: Copy) -> None:
         flat = self._flat[copy.block]

@@ -10,7 +10,6 @@ The worker's protocol for each layer: `routed` -> pin what is resident -> for ea
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +17,7 @@ import numpy as np
 from hotset.errors import ConfigError
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape, DeviceTable, Resident
-from hotset.policies.predictor import TransitionPredictor
-from hotset.policies.types import Format
+from hotset.policies.predictor import TransitionPredictor, Visit
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -27,10 +25,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hotset.policies.states import StoryLine
-    from hotset.policies.types import Reason, State
+    from hotset.policies.types import Format, Reason, State
 
 
-_RESCALE_AT = 1e100
+__all__ = [
+    "DeviceResidency",
+    "DeviceShape",
+    "LayerPlan",
+    "LoadOnDemandResidency",
+    "LruResidency",
+    "ResidencyPolicy",
+    "Resident",
+    "make_policy",
+]
+
+_RESCALE_AT = 1e12
+_HALF = np.float32(0.5)
+_NEVER = np.float32(1e-30)
+"""Aged uses of a block that was never used: not 0, so that a rank is a number."""
 _MOST_REQUESTS = 1024
 """Requests whose last layers are remembered; a worker forgets them when they end."""
 
@@ -42,6 +54,15 @@ class LayerPlan(NamedTuple):
     arriving: list[int]  # experts already on their way: wait for them
     missing: list[int]  # experts to fetch (or to dispatch to), most tokens first
     prefetch: list[tuple[int, int]]  # (layer, expert) to start now, likeliest first
+
+
+class _RowViews(NamedTuple):
+    """One layer's part of the arrays by flat index."""
+
+    use: NDArray[np.float32]
+    expect: NDArray[np.float32]
+    rank: NDArray[np.float32]
+    held: NDArray[np.float32]
 
 
 class ResidencyPolicy(Protocol):
@@ -172,7 +193,7 @@ class LruResidency(DeviceTable):
             self._refresh(base + expert)
 
     def _value(self, flat: int) -> float:
-        return self._used_at[flat]
+        return self._used_at[flat] or 0.5
 
     def forget(self, request: int) -> None:
         """Nothing is kept by request."""
@@ -205,6 +226,8 @@ class DeviceResidency(DeviceTable):
     predictor is silent while most experts of a layer are touched (`dense_ratio`).
     """
 
+    _rank_dtype = np.float32  # half the bytes to search for a victim
+
     def __init__(
         self,
         shape: DeviceShape,
@@ -223,12 +246,20 @@ class DeviceResidency(DeviceTable):
             half_life_steps=self.config.transition_half_life_steps,
         )
         self._rows = rows
-        self._use = np.zeros(rows * size)
+        self._use = np.full(rows * size, _NEVER, dtype=np.float32)
+        self._expect = self._use.copy()
+        """Uses, raised to what is predicted for a layer until that layer has passed."""
+        arrays = (self._use, self._expect, self._rank, self._held)
+        # Views by row: slicing anew on each step costs more than the arithmetic.
+        self._views = [
+            _RowViews(*(values[row * size : (row + 1) * size] for values in arrays))
+            for row in range(rows)
+        ]
         self._weight = 1.0
         self._growth = 2.0 ** (1.0 / (self.config.half_life_steps * rows))
         self._fade = 1.0 - 2.0 ** (-1.0 / self.config.half_life_steps)
         self._touched_ratio = 0.0
-        self._paths: dict[int, deque[tuple[int, NDArray[np.intp]]]] = {}
+        self._paths: dict[int, list[Visit]] = {}
 
     @property
     def predicting(self) -> bool:
@@ -249,74 +280,76 @@ class DeviceResidency(DeviceTable):
         base = self._base[layer]
         now = np.array(experts, dtype=np.intp)
         plan = _sort_needs(self, base, experts=experts, counts=counts)
-        self._note_use(base, now=now, experts=experts)
+        row = base // self.num_experts
+        self._note_use(row, now=now)
         # Prefill and large batches at once, decode only when it has lasted.
         ratio = len(experts) / self.num_experts
         self._touched_ratio = max(ratio, 0.9 * self._touched_ratio + 0.1 * ratio)
         if not self.predicting:
             self._paths.pop(request, None)
             return plan
-        row = base // self.num_experts
         self._learn(row, now=now, request=request)
         for distance in range(1, self.config.prefetch_depth + 1):
             self._propose(row, now=now, distance=distance, into=plan.prefetch)
         return plan
 
-    def _note_use(self, base: int, *, now: NDArray[np.intp], experts: Sequence[int]) -> None:
+    def _note_use(self, row: int, *, now: NDArray[np.intp]) -> None:
         self._weight *= self._growth
         if self._weight > _RESCALE_AT:
-            self._use /= self._weight
-            self._rank /= self._weight
+            for values in (self._use, self._expect, self._rank):
+                np.maximum(values / np.float32(self._weight), _NEVER, out=values)
             self._weight = 1.0
-        flats = now + base
-        values = self._use[flats] + self._weight
-        self._use[flats] = values
-        rank, form, pins, coming = self._rank, self._format, self._pins, self._coming
-        for expert, value in zip(experts, values.tolist(), strict=True):
-            flat = base + expert
-            held = form[flat]
-            if held is not None and not pins[flat] and coming[flat] is None:
-                rank[flat] = value if held is Format.BF16 else value * self._by_byte
+        use, expect, rank, held = self._views[row]
+        use[now] += np.float32(self._weight)
+        expect[:] = use
+        np.multiply(use, held, out=rank)
 
     def _learn(self, row: int, *, now: NDArray[np.intp], request: int) -> None:
         path = self._paths.get(request)
         if path is None:
             if len(self._paths) >= _MOST_REQUESTS:
                 del self._paths[next(iter(self._paths))]
-            path = self._paths[request] = deque(maxlen=self.predictor.depth)
-        for distance, (before_row, before) in enumerate(path, start=1):
-            if (before_row + distance) % self._rows == row:
-                self.predictor.observe(row, distance=distance, before=before, now=now)
-        path.appendleft((row, now))
+            path = self._paths[request] = []
+        depth = self.predictor.depth
+        if path and (path[-1].row + 1) % self._rows != row:
+            path.clear()  # a layer was left out: what follows is no transition
+        path.append(Visit(row, now))
+        if len(path) >= self._rows + depth:
+            self.predictor.observe(path)
+            del path[:-depth]
 
     def _propose(
         self, row: int, *, now: NDArray[np.intp], distance: int, into: list[tuple[int, int]]
     ) -> None:
+        config = self.config
         target = (row + distance) % self._rows
         base = target * self.num_experts
-        config = self.config
-        chance = self.predictor.predict(row, distance=distance, experts=now)
-        unit = self._fade / self._weight
-        chance = 0.5 * chance + (0.5 * unit) * self._use[base : base + self.num_experts]
-        bar = config.prefetch_min_probability
-        if not self.room(self.full_nbytes):
-            cheapest = float(self._rank.min()) * unit * config.prefetch_gain
-            bar = max(bar, cheapest)
-        likely = np.flatnonzero(chance >= bar)
-        if not len(likely):
+        use, expect, rank, held = self._views[target]
+        uses_each = self._weight / self._fade  # aged uses of a block that every pass needs
+        chance = self.predictor.predict(row, distance=distance, experts=now, scale=0.5 * uses_each)
+        chance += use * _HALF
+        bar = config.prefetch_min_probability * uses_each
+        if self.used_bytes + self.full_nbytes > self.capacity_bytes:
+            bar = max(bar, float(self._rank.min()) * config.prefetch_gain)
+        # What is expected next must not be the next victim, be it here or on its way.
+        np.maximum(use, chance, out=expect)
+        np.multiply(expect, held, out=rank)
+        likely = (chance >= bar).nonzero()[0]
+        if not likely.size:
             return
         landed, coming = self._format, self._coming
         absent = [
-            (-value, expert)
-            for expert, value in zip(likely.tolist(), chance[likely].tolist(), strict=True)
+            expert
+            for expert in likely.tolist()
             if landed[base + expert] is None and coming[base + expert] is None
         ]
-        absent.sort()
+        if len(absent) > 1:
+            absent.sort(key=chance.item, reverse=True)
         layer = self.layers[target]
-        into.extend((layer, expert) for _, expert in absent[: config.prefetch_per_layer])
+        into.extend((layer, expert) for expert in absent[: config.prefetch_per_layer])
 
     def _value(self, flat: int) -> float:
-        return float(self._use[flat])
+        return float(self._expect[flat])
 
     def forget(self, request: int) -> None:
         """Free what was kept for a request that has ended."""
@@ -324,7 +357,7 @@ class DeviceResidency(DeviceTable):
 
     def expected_use(self) -> NDArray[np.float64]:
         """Return the aged share of passes that used each block, [L, E] in 0..1."""
-        use: NDArray[np.float64] = self._use * (self._fade / self._weight)
+        use: NDArray[np.float64] = self._use.astype(np.float64) * (self._fade / self._weight)
         return use.reshape(self._rows, self.num_experts)
 
 
@@ -344,7 +377,7 @@ def _sort_needs(
             arriving.append(expert)
         else:
             missing.append(expert)
-    if len(missing) > 1:
+    if len(missing) > 1 and max(counts) > min(counts):
         tokens = dict(zip(experts, counts, strict=True))
         missing.sort(key=lambda expert: -tokens[expert])
     return LayerPlan(resident, arriving, missing, [])

@@ -113,6 +113,7 @@ class StoryLine(NamedTuple):
     state: State
     event: str
     reason: Reason | None
+    store: str = ""  # empty on a device, which knows only itself
 
     def __str__(self) -> str:
         """One line for `hotset why`."""
@@ -129,9 +130,17 @@ class BlockStory:
         """Keep at most `limit` lines; older ones fall out."""
         self._lines: deque[StoryLine] = deque(maxlen=limit)
 
-    def add(self, at: int, *, state: State, event: str, reason: Reason | None = None) -> None:
+    def add(
+        self,
+        at: int,
+        *,
+        state: State,
+        event: str,
+        reason: Reason | None = None,
+        store: str = "",
+    ) -> None:
         """Append a line."""
-        self._lines.append(StoryLine(at, state, event, reason))
+        self._lines.append(StoryLine(at, state, event, reason, store))
 
     def lines(self) -> tuple[StoryLine, ...]:
         """Oldest first."""
