@@ -19,12 +19,19 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from hotset.errors import ConfigError, InvalidTransition, QuarantineFull, TransportError
+from hotset.errors import (
+    ConfigError,
+    InvalidTransition,
+    QuarantineFull,
+    TransferTimeout,
+    TransportError,
+)
 from hotset.transport.base import FileItem, PeerInfo
 from hotset.transport.batch import Chunk, Job, judge
 from hotset.transport.mover import Mover
@@ -132,6 +139,8 @@ class Engine:
         """
         if self._stop:
             return self._closed == "closed"
+        if self._owner.ident is None:  # never started
+            return True
         with self._door:
             self._closed = self._closed or "closing"
         broken = self._closed != "closing" or not self._owner.is_alive()
@@ -286,7 +295,10 @@ class Engine:
         return replace(info, link=self._link)
 
     def _call(self, action: Callable[..., _T], **kwargs: Any) -> _T:
-        """Run `action` on the owner thread and return its result or raise its error."""
+        """Run `action` on the owner thread and return its result or raise its error.
+
+        Raises TransferTimeout when the owner does not come to it.
+        """
         if threading.current_thread() is self._owner:
             return action(**kwargs)
         if self._stop or not self._owner.is_alive():
@@ -302,7 +314,14 @@ class Engine:
                 future.set_exception(error)
 
         self._inbox.put(carry_out)
-        return future.result(timeout=CALL_TIMEOUT_S)
+        limit = CALL_TIMEOUT_S + kwargs.get("timeout_ns", 0) / 1e9
+        try:
+            return future.result(timeout=limit)
+        except FutureTimeoutError as error:
+            raise TransferTimeout(
+                f"the owner thread of {self.name!r} is busy for {limit:.0f} s",
+                remedy="restart the store as a new incarnation",
+            ) from error
 
     def _run(self) -> None:
         try:

@@ -197,16 +197,21 @@ class Mover:
         return min(waits) if waits else None
 
     def _post_next(self) -> bool:
-        """Post one chunk of a peer that has room; the first in line that may go."""
-        for index, chunk in enumerate(self._queued):
-            peer = chunk.job.peer
-            busy = self._posted_bytes.get(peer, 0)
-            if busy and busy + chunk.nbytes > IN_FLIGHT_BYTES and chunk.storage is None:
-                continue
-            del self._queued[index]
-            self._post(chunk)
-            return True
-        return False
+        """Post the chunk with the earliest deadline whose peer has room.
+
+        So a demand read waits for at most one chunk of a prefetch that came before it.
+        """
+        best: Chunk | None = None
+        for chunk in self._queued:
+            busy = self._posted_bytes.get(chunk.job.peer, 0)
+            full = busy > 0 and busy + chunk.nbytes > IN_FLIGHT_BYTES
+            if not full and (best is None or chunk.job.deadline_ns < best.job.deadline_ns):
+                best = chunk
+        if best is None:
+            return False
+        self._queued.remove(best)
+        self._post(best)
+        return True
 
     def _post(self, chunk: Chunk) -> None:
         chunk.posted_ns = time.monotonic_ns()

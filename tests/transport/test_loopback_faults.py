@@ -7,13 +7,16 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
-from hotset.errors import QuarantineFull, TransportError
+from hotset.errors import QuarantineFull, TransferTimeout, TransportError
 from hotset.transport import batch
 from hotset.transport.base import LinkProfile, Status
+from hotset.transport.engine import Engine
 from hotset.transport.loopback import Fault, LoopbackBackend, LoopbackNetwork
-from hotset.transport.slab import SlotState
+from hotset.transport.records import ROW, Ring
+from hotset.transport.slab import Slab, SlotState
 from tests.transport.peer import Source, Store, build
 from tests.transport.worlds import deadline, until
 
@@ -229,3 +232,39 @@ def test_a_paced_read_can_time_out_and_frees_its_slot() -> None:
     assert outcome.status is Status.TIMED_OUT
     assert pair.sink.slab.state(outcome.items[0].dest) is SlotState.FREE  # its bytes had landed
     pair.close()
+
+
+def test_the_earliest_deadline_goes_first(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "CHUNK_BYTES", NBYTES)
+    urgent: list[Any] = []
+
+    def submit_urgent() -> None:  # while the first chunk of the long read is on the wire
+        urgent.append(pair.submit(pair.source.copies[7], seconds=5))
+
+    pair.network.script(Fault.STALE, during=submit_urgent)
+    long = pair.submit(*pair.source.copies[:4], seconds=20)
+    assert long.wait().status is Status.DONE
+    assert urgent[0].wait().status is Status.DONE
+    rows = np.frombuffer(pair.sink.ring.drain(), dtype=ROW)["row_id"].tolist()
+    assert rows == [urgent[0].transfer_id, *(long.transfer_id + i for i in range(4))]
+
+
+def test_an_engine_that_never_started_refuses_reads_and_closes() -> None:
+    backend = LoopbackBackend(LoopbackNetwork())
+    slab = Slab(capacity_bytes=8192, slot_payload_bytes=NBYTES, name="idle", incarnation=1)
+    engine = Engine(slab=slab, backend=backend, ring=Ring(), name="idle", incarnation=1)
+    with pytest.raises(TransportError, match="not started"):
+        engine.read("source", [], deadline_ns=deadline())
+    with pytest.raises(TransportError, match="start"):
+        engine.info()
+    assert engine.close()
+
+
+def test_waiting_less_than_the_read_raises_and_the_read_goes_on(pair: Pair) -> None:
+    pair.network.script(Fault.DELAY)
+    ticket = pair.submit(pair.source.copies[0])
+    with pytest.raises(TransferTimeout):
+        ticket.wait(timeout_ns=1_000_000)
+    assert pair.network.wait_posts(1)
+    pair.network.release()
+    assert ticket.wait().status is Status.DONE

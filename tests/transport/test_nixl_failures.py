@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import DependencyError, PeerGoneError, TransportError
 from hotset.transport.base import Status
 from hotset.transport.nixl import NixlBackend, merge
 from hotset.transport.slab import SlotState
@@ -144,3 +145,12 @@ def test_adjacent_spans_merge() -> None:
     spans = [Span(local_offset=at, remote_offset=1000 + at, nbytes=64) for at in (0, 64, 192, 256)]
     merged = merge(spans)
     assert [(span.local_offset, span.nbytes) for span in merged] == [(0, 128), (192, 128)]
+
+
+def test_without_nixl_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wheel in ("nixl", "nixl_cu12", "nixl_cu13"):
+        monkeypatch.setitem(sys.modules, wheel, None)
+        monkeypatch.setitem(sys.modules, f"{wheel}._bindings", None)
+    assert NixlBackend.available() == "pip install nixl"
+    with pytest.raises(DependencyError, match="pip install nixl"):
+        build(name="sink", incarnation=1, backend=NixlBackend(), **SHAPE)
