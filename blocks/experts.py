@@ -93,6 +93,8 @@ def run_expert_tiled(
 ) -> torch.Tensor:
     """Run one expert on `rows` [n, H] in tiles; a row's bits are independent of all other rows."""
     count = rows.shape[0]
+    if count == 0:
+        return run_expert(module, rows, weights)
     whole = -count % tile
     padded = functional.pad(rows, (0, 0, 0, whole)) if whole else rows
     parts = [

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _ALIGN = 64  # bytes; every tensor of an encoded payload starts on a cache line
 _LEVELS = 127
+_CHUNK = 128  # output channels quantised at a time, so that the float32 copy stays in cache
 _SCALE_SLACK = 1 + 2**-8  # a bf16 scale rounds by at most 2**-8, so no weight exceeds 127 levels
 _SMALLEST = 1e-30  # amplitude of an all-zero channel
 
@@ -112,9 +113,14 @@ class Int8Codec(Codec):
             if not _is_matrix(field):
                 stored[field.role].view(weight.dtype).view(weight.shape).copy_(weight)
                 continue
-            values, scale = _quantise(weight.float(), layout)
-            stored[field.role].view(torch.int8).view(field.shape).copy_(values)
-            stored[f"{field.role}_scale"].view(scale.dtype).copy_(scale.flatten())
+            values = stored[field.role].view(torch.int8).view(field.shape)
+            scales = stored[f"{field.role}_scale"].view(_scale_dtype(layout))
+            dim = _scaled_dim(layout)
+            for start in range(0, field.shape[dim], _CHUNK):
+                size = min(_CHUNK, field.shape[dim] - start)
+                part, scale = _quantise(weight.narrow(dim, start, size).float(), layout)
+                values.narrow(dim, start, size).copy_(part)
+                scales.narrow(0, start, size).copy_(scale.flatten())
 
     def decode(self, payload: torch.Tensor, layout: BlockLayout, out: torch.Tensor) -> None:
         """As `Codec.decode`."""
@@ -169,7 +175,8 @@ def reduced_nbytes(layout: BlockLayout) -> int:
 def check_finite(payload: torch.Tensor, layout: BlockLayout) -> None:
     """Refuse a full-precision payload with NaN or infinity. Raises CheckpointError."""
     values = payload[: layout.nbytes].view(layout_dtype(layout))
-    if not bool(torch.isfinite(values).all()):
+    total = values.sum(dtype=torch.float32)  # one pass without a copy; NaN and infinity stay
+    if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
         raise _not_finite()
 
 
@@ -181,12 +188,12 @@ def _not_finite() -> CheckpointError:
 
 
 def _quantise(weight: torch.Tensor, layout: BlockLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (float, integral, within +-127) and scales (kept dimension) of a float32 matrix."""
+    """Give values (integral, within +-127) and scales of a float32 matrix, which is used up."""
     amplitude = weight.abs().amax(dim=_channel_dim(layout), keepdim=True)
     if not bool(torch.isfinite(amplitude).all()):
         raise _not_finite()
     scale = (amplitude.clamp_min(_SMALLEST) / _LEVELS * _SCALE_SLACK).to(_scale_dtype(layout))
-    return torch.round(weight / scale.float()), scale
+    return weight.div_(scale.float()).round_(), scale
 
 
 def _channel_dim(layout: BlockLayout) -> int:

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hotset.errors import CheckpointError
+from hotset.errors import CheckpointError, DependencyError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,13 +94,19 @@ class TransformersNaming:
         """Build the model on meta. Raises CheckpointError when that fails or it has no experts."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
 
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import (
+                WeightConverter,
+                WeightRenaming,
+                rename_source_key,
+            )
+        except ImportError as error:
+            raise DependencyError(
+                f"this transformers has no conversion tables, which {model_type!r} needs",
+                remedy="install transformers>=5.3,<6",
+            ) from error
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             with torch.device("meta"):

@@ -30,6 +30,14 @@ def test_tile_holds_here(*, hidden: int, inter: int, dtype: torch.dtype, transpo
     assert tile_holds(Transposed() if transposed else Silu(), weights, dtype=dtype)
 
 
+@pytest.mark.parametrize("tile", [1, 4, 16])
+@pytest.mark.parametrize("count", [0, 1, 16, 17])
+def test_tiling_keeps_the_number_of_rows(count: int, tile: int) -> None:
+    weights = make_weights(64, 32, torch.bfloat16, transposed=False)
+    rows = torch.ones(count, 64).bfloat16()
+    assert run_expert_tiled(Silu(), rows, weights, tile=tile).shape == (count, 64)
+
+
 def test_tiles_do_not_depend_on_threads_in_bf16() -> None:
     weights = make_weights(1024, 512, torch.bfloat16, transposed=False)
     rows = torch.randn(37, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
