@@ -40,12 +40,15 @@ from hotset.policies.types import (
     StoreJoined,
     StoreLost,
     Tick,
+    Tier,
     Veto,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from hotset.policies.states import StoryLine
+    from hotset.policies.types import Copy
     from hotset.transport.base import PeerInfo
 
 DEAD_AFTER_NS = 3_000_000_000
@@ -183,14 +186,15 @@ class ControlCore:
             if copy.store in holding:
                 holding[copy.store][copy.format.value] += 1
                 resident[copy.store] += copy.nbytes
-        states = Counter(state.value for state in self._brain.states().values())
+        tiers = {name: member.store.tier for name, member in self._members.items()}
+        blocks = len(self.spec.layers) * self.spec.num_experts
         gauges = [member.gauges for member in self._members.values()]
         return {
             "run": self.spec.run,
             "model": self.spec.model,
             "digest": self.spec.digest,
-            "blocks": len(self.spec.layers) * self.spec.num_experts,
-            "states": {state.value: states.get(state.value, 0) for state in State},
+            "blocks": blocks,
+            "states": best_states(copies, tiers=tiers, blocks=blocks),
             "stores": [
                 {
                     "name": name,
@@ -217,10 +221,9 @@ class ControlCore:
             "mode": self.spec.mode,
         }
 
-    def why(self, block: BlockId) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-        """Story and copies of a block."""
-        copies = tuple(copy for copy in self._brain.directory() if copy.block == block)
-        return self._brain.story(block), copies
+    def why(self, block: BlockId) -> tuple[tuple[StoryLine, ...], tuple[Copy, ...]]:
+        """Story and listed copies of a block."""
+        return self._brain.story_lines(block), self._brain.copies(block)
 
     def close(self) -> None:
         """Write the journal out."""
@@ -318,3 +321,16 @@ class ControlCore:
                 self._expected[event.store.name] = event.store.incarnation
             elif isinstance(event, StoreLost):
                 self._expected.pop(event.store, None)
+
+
+def best_states(copies: Iterable[Copy], *, tiers: dict[str, Tier], blocks: int) -> dict[str, int]:
+    """Count blocks by the state of their copy that is nearest to compute; the sum is `blocks`."""
+    best: dict[BlockId, str] = {}
+    for copy in copies:
+        state = State.STAGED
+        if tiers.get(copy.store) is Tier.HBM:
+            state = State.FULL if copy.format is Format.BF16 else State.REDUCED
+        best[copy.block] = min(best.get(copy.block, state.value), state.value)
+    counts = Counter(best.values())
+    counts[State.STORED.value] += blocks - len(best)
+    return {state.value: counts[state.value] for state in State}

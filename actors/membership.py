@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ class Membership:
         )
         self._handle: Any = None
         self._joined = False
+        self._last_error = ""
         self._membership_version = -1
         self._peers: dict[str, int] = {}
         self._draining_told = False
@@ -117,7 +119,8 @@ class Membership:
         self._thread.start()
         if not self._ready.wait(timeout_s):
             raise ClusterError(
-                f"{self._store.info.name} could not join within {timeout_s:.0f} s",
+                f"{self._store.info.name} could not join within {timeout_s:.0f} s "
+                f"({self._last_error.splitlines()[-1] if self._last_error else 'no answer'})",
                 remedy="look at the controller's log with `ray logs actor`",
             )
 
@@ -136,10 +139,15 @@ class Membership:
             began = time.monotonic()
             try:
                 self._beat()
+                self._callbacks.beat()
             except StaleEpochError:
                 self._callbacks.fenced()
                 return
-            self._callbacks.beat()
+            except BaseException:
+                # A bug of ours: a store that no longer beats must not look alive.
+                traceback.print_exc()
+                self._callbacks.fenced()
+                raise
             if self.lease.fenced:
                 self._callbacks.fenced()
                 return
@@ -157,7 +165,8 @@ class Membership:
                 reply = self._call("join", self._join())
         except StaleEpochError:
             raise
-        except Exception:  # noqa: BLE001 - Ray raises many kinds; each means "no answer"
+        except (ray.exceptions.RayError, ValueError, OSError) as error:  # the controller is away
+            self._last_error = f"{type(error).__name__}: {error}".strip()
             self._no_answer(events)
             return
         if not reply.known:

@@ -22,7 +22,7 @@ import torch
 
 from hotset.actors.cache import Delivery, Held, Lost
 from hotset.blocks.experts import run_expert, run_expert_tiled, view_weights
-from hotset.blocks.formats import codec_for
+from hotset.blocks.formats import codec
 from hotset.blocks.routing import Group, combine, group_rows
 from hotset.errors import TransferTimeout, TransportError
 from hotset.policies.choose import Move, move_tokens_or_weights
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hotset.blocks.routing import Reference
     from hotset.policies.residency import LayerPlan
     from hotset.transport.records import Ring
-    from hotset.transport.slab import Slab, Slot
+    from hotset.transport.slab import Slab
 
 _PATIENCE_S = 60.0
 _DISPATCH_S = 2.0
@@ -136,7 +136,7 @@ class TokenPath:
         self._views: dict[int, ExpertWeights] = {}
         self._local = threading.local()
         self._senders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dispatch")
-        self._int8 = codec_for(Format.INT8)
+        self._int8 = codec(Format.INT8)
         self._routed: Counter[BlockId] = Counter()
         self._routed_lock = threading.Lock()
 
@@ -419,17 +419,8 @@ class TokenPath:
                 views = view_weights(payload, self._catalog.layout)
                 self._views[held.slot.offset] = views
             return views
-        return self._decoded(held.slot)
-
-    def _decoded(self, slot: Slot) -> ExpertWeights:
-        layout = self._catalog.layout
-        payload = self._slab.torch_view(slot, self._int8.nbytes(layout))
-        scratch: torch.Tensor | None = getattr(self._local, "scratch", None)
-        if scratch is None:
-            scratch = torch.empty(layout.nbytes, dtype=torch.uint8, device=payload.device)
-            self._local.scratch = scratch
-        self._int8.decode(payload, layout, scratch)
-        return view_weights(scratch, layout)
+        payload = self._slab.torch_view(held.slot, self._int8.nbytes(self._catalog.layout))
+        return self._int8.views(payload, self._catalog.layout)
 
     def _tier(self, source: str) -> str:
         tier = self._directory.tier(source)

@@ -13,10 +13,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from hotset.policies.types import BlockId, Copy, Format  # noqa: TC001 - msgspec reads annotations
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from hotset.policies.types import BlockId, Copy, Format
 
 
 class CopyKey(NamedTuple):

@@ -1,0 +1,62 @@
+"""Ray shell of the controller: named, detached, restarted by Ray, recovered from its journal."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from hotset.actors.control import ControlCore, ControlSpec
+from hotset.actors.messages import Heartbeat, Join, decode, encode
+from hotset.policies.types import BlockId
+
+
+class Controller:
+    """Decides where copies live. Stores call it; it calls nobody."""
+
+    def __init__(self, spec: bytes) -> None:
+        """Recover the run's state from its journal, if there is one."""
+        self._core = ControlCore(msgspec.msgpack.decode(spec, type=ControlSpec))
+
+    def __repr__(self) -> str:
+        """What the Ray dashboard shows beside each log line."""
+        status = self._core.status()
+        stores = status["stores"]
+        resident = sum(store["resident_bytes"] for store in stores)
+        return f"controller[epoch {status['epoch']}, {len(stores)} stores, {resident >> 20} MiB]"
+
+    def pid(self) -> int:
+        """Process id, for tests."""
+        return os.getpid()
+
+    def join(self, message: bytes) -> bytes:
+        """A store presents itself. Raises StaleEpochError to a predecessor."""
+        return encode(self._core.join(decode(message, Join)))
+
+    def heartbeat(self, message: bytes) -> bytes:
+        """Events in; lease, news and commands out."""
+        return encode(self._core.heartbeat(decode(message, Heartbeat)))
+
+    def drain(self, name: str) -> bool:
+        """Ask a store to leave; False when there is no such store."""
+        return self._core.drain(name)
+
+    def leave(self, name: str, incarnation: int) -> None:
+        """A store has ended."""
+        self._core.leave(name, incarnation=incarnation)
+
+    def status(self) -> bytes:
+        """MessagePack of the fields of `dashboards.status.Status`."""
+        return msgspec.msgpack.encode(self._core.status())
+
+    def why(self, layer: int, index: int) -> bytes:
+        """MessagePack of [story lines, copies] of a block."""
+        return msgspec.msgpack.encode(self._core.why(BlockId(layer, index)))
+
+    def replayed(self) -> int:
+        """Events that were recovered from the journal at birth."""
+        return self._core.replayed
+
+    def close(self) -> None:
+        """Write the journal out."""
+        self._core.close()

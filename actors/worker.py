@@ -1,0 +1,360 @@
+"""Ray shell of a GPU worker: the dense part of the model, expert slots, requests and peers' tokens.
+
+Four groups of threads: `ctl` answers operators at once, `serve` runs requests (one thread each),
+`peer` computes for other workers, and the membership thread talks to the controller. On a machine
+without a GPU the worker's HBM is a byte budget in host memory; on a GPU it is device memory. The
+code is one: the spec names a torch device.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import ray
+import torch
+
+from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
+from hotset.actors.cache import HotCache
+from hotset.actors.messages import (
+    ComputeReply,
+    ComputeRequest,
+    ExpertRows,
+    GenerateRequest,
+    TokenChunk,
+    decode,
+    encode,
+)
+from hotset.actors.peers import RayPeers, rows_from_bytes, rows_to_bytes
+from hotset.actors.tokenpath import PathConfig, RowIds, TokenPath
+from hotset.blocks.formats import codec
+from hotset.blocks.generate import TokenStream, generate
+from hotset.blocks.hf import load_skeleton
+from hotset.errors import ClusterError
+from hotset.policies.config import ResidencyConfig
+from hotset.policies.device import DeviceShape
+from hotset.policies.residency import make_policy
+from hotset.policies.types import (
+    BlockId,
+    Command,
+    DropCopy,
+    Event,
+    Format,
+    Reason,
+    RouterCounts,
+    StartTransfer,
+)
+from hotset.transport.slab import slot_stride
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is told at birth."""
+
+    store: StoreSpec
+    threads: int = 1
+    policy: str = "hotset"
+    reference: Literal["eager", "grouped_mm"] = "eager"
+    numerics: Literal["exact", "tiled"] = "exact"
+    move: Literal["auto", "weights", "tokens"] = "auto"
+
+
+class GPUWorker:
+    """Serves requests with experts that may be anywhere."""
+
+    def __init__(self, spec: bytes) -> None:
+        """Load the dense part, join, and return when the first directory is here."""
+        self._spec = msgspec.msgpack.decode(spec, type=WorkerSpec)
+        torch.set_num_threads(self._spec.threads)
+        torch.set_grad_enabled(mode=False)
+        self._parts = Assembly(self._spec.store)
+        catalog = self._parts.catalog
+        self._skeleton = load_skeleton(
+            self._spec.store.model, catalog=catalog, device=self._spec.store.device
+        )
+        stride = slot_stride(catalog.block_nbytes, self._spec.store.reduced_nbytes)
+        self._policy = make_policy(
+            self._spec.policy,
+            DeviceShape(
+                layers=catalog.layers,
+                num_experts=catalog.num_experts,
+                full_nbytes=stride,
+                reduced_nbytes=stride // 2,
+                capacity_bytes=self._parts.slab.capacity_bytes,
+            ),
+            config=ResidencyConfig(),
+        )
+        self._cache = HotCache(
+            store=self._parts.store,
+            fetcher=self._parts.fetcher,
+            policy=self._policy,
+            payload_nbytes={
+                Format.BF16: catalog.block_nbytes,
+                Format.INT8: self._spec.store.reduced_nbytes,
+            },
+        )
+        device = torch.device(self._spec.store.device)
+        self._path = TokenPath(
+            store=self._spec.store.name,
+            catalog=catalog,
+            slab=self._parts.slab,
+            cache=self._cache,
+            directory=self._parts.directory,
+            peers=RayPeers(
+                run=self._spec.store.run,
+                directory=self._parts.directory,
+                dtype=getattr(torch, catalog.dtype),
+                device=device,
+            ),
+            ring=self._parts.ring,
+            counters=self._parts.counters,
+            row_ids=RowIds(secrets.randbits(62) | 1),
+            config=PathConfig(
+                reference=self._spec.reference,
+                numerics=self._spec.numerics,
+                move=self._spec.move,
+            ),
+        )
+        self._skeleton.bind(self._path)
+        self._skeleton.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._skeleton.model.register_forward_hook(self._after)
+        self._requests = 0
+        self._serial = 0
+        self._lock = threading.Lock()
+        self._drained = threading.Event()
+        self._parts.join(
+            command=self._command,
+            gauges=self._gauges,
+            drained=self._drained.set,
+            events=self._events,
+        )
+
+    def __repr__(self) -> str:
+        """What the Ray dashboard shows beside each log line."""
+        slab, store = self._parts.slab, self._spec.store
+        emulated = " emulated" if store.device == "cpu" else ""
+        return (
+            f"{store.name}[hbm{emulated} {slab.used_bytes >> 20}/{slab.capacity_bytes >> 20} MiB, "
+            f"{len(self._parts.store.copies())} blocks]"
+        )
+
+    # --- serve ----------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="serve")
+    def generate(self, message: bytes) -> Iterator[bytes]:
+        """Stream a request's tokens as `TokenChunk`s; the last one is `finished`."""
+        request = decode(message, GenerateRequest)
+        if not self._parts.may_serve:
+            raise ClusterError(
+                f"{self._spec.store.name} has lost its lease", remedy="ask another worker"
+            )
+        with self._lock:
+            self._requests += 1
+            self._serial += 1
+            serial = self._serial
+        chunks: SimpleQueue[TokenChunk | BaseException] = SimpleQueue()
+        threading.Thread(
+            target=self._serve, args=(request, serial, chunks), name=request.request_id, daemon=True
+        ).start()
+        try:
+            finished = False
+            while not finished:
+                chunk = chunks.get()
+                if isinstance(chunk, BaseException):
+                    raise chunk
+                finished = chunk.finished
+                yield encode(chunk)
+        finally:
+            with self._lock:
+                self._requests -= 1
+
+    def _serve(self, request: GenerateRequest, serial: int, chunks: SimpleQueue[Any]) -> None:
+        high, low = _trace_of(request)
+        self._path.begin_request(serial, trace=(high, low))
+        sent = 0
+
+        def deliver(tokens: list[int]) -> None:
+            nonlocal sent
+            fresh = tokens[max(0, request.skip - sent) :]
+            sent += len(tokens)
+            self._parts.counters.tokens += len(tokens)
+            if fresh:
+                chunks.put(TokenChunk(request_id=request.request_id, tokens=tuple(fresh)))
+
+        try:
+            generate(
+                self._skeleton.model,
+                request.prompt_ids,
+                max_new_tokens=request.max_new_tokens,
+                stream=TokenStream(deliver),
+            )
+            chunks.put(TokenChunk(request_id=request.request_id, tokens=(), finished=True))
+        except BaseException as error:  # noqa: BLE001 - it crosses to the caller's thread
+            chunks.put(error)
+        finally:
+            self._policy.forget(serial)
+
+    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self._path.begin_step(0 if ids is None else int(ids.shape[-1]))
+
+    def _after(self, _module: Any, _args: Any, _output: Any) -> None:
+        self._path.end_step()
+
+    # --- peer -----------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="peer")
+    def compute(self, message: bytes) -> bytes:
+        """Run a peer's rows through experts that are here."""
+        request = decode(message, ComputeRequest)
+        began_ns = time.monotonic_ns()
+        fresh = time.time_ns() < request.deadline_ns and self._parts.may_serve
+        if not fresh:
+            absent = tuple(
+                ExpertRows(expert=p.expert, count=0, data=b"", present=False) for p in request.parts
+            )
+            return encode(ComputeReply(parts=absent, compute_ns=0))
+        dtype = getattr(torch, self._parts.catalog.dtype)
+        device = torch.device(self._spec.store.device)
+        with torch.inference_mode():
+            outputs = self._path.compute_for_peer(
+                request.layer,
+                self._skeleton.experts[request.layer],
+                [
+                    (p.expert, rows_from_bytes(p.data, count=p.count, dtype=dtype, device=device))
+                    for p in request.parts
+                ],
+            )
+        parts = tuple(
+            ExpertRows(expert=expert, count=0, data=b"", present=False)
+            if rows is None
+            else ExpertRows(expert=expert, count=rows.shape[0], data=rows_to_bytes(rows))
+            for expert, rows in outputs.items()
+        )
+        reply = ComputeReply(parts=parts, compute_ns=time.monotonic_ns() - began_ns)
+        return encode(reply)
+
+    # --- ctl ------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="ctl")
+    def pid(self) -> int:
+        """Process id, for tests and for peak memory."""
+        return os.getpid()
+
+    @ray.method(concurrency_group="ctl")
+    def peak_rss_bytes(self) -> int:
+        """Largest resident set so far."""
+        return peak_rss_bytes()
+
+    @ray.method(concurrency_group="ctl")
+    def dense_bytes(self) -> int:
+        """Bytes of the dense part."""
+        return self._skeleton.dense_bytes
+
+    @ray.method(concurrency_group="ctl")
+    def requests(self) -> int:
+        """Requests being served."""
+        return self._requests
+
+    @ray.method(concurrency_group="ctl")
+    def draining(self) -> bool:
+        """Whether the controller has asked this worker to leave."""
+        return self._drained.is_set()
+
+    @ray.method(concurrency_group="ctl")
+    def check_integrity(self) -> bool:
+        """Whether slab and policy agree with themselves; raises AssertionError where not."""
+        self._parts.slab.check_integrity()
+        return True
+
+    @ray.method(concurrency_group="ctl")
+    def ship(self) -> None:
+        """Send telemetry now, and wait until it is written."""
+        self._parts.flush()
+
+    @ray.method(concurrency_group="ctl")
+    def close(self) -> None:
+        """Leave: stop beating, ship what is left."""
+        if self._parts.membership is not None:
+            self._parts.membership.stop()
+        self._parts.flush()
+
+    # --- membership thread ----------------------------------------------------------------------
+
+    def _command(self, command: Command) -> None:
+        match command:
+            case StartTransfer() if command.format is Format.INT8:
+                self._demote(command.block)
+            case StartTransfer():
+                block = (command.block.layer, command.block.index)
+                self._cache.prefetch([block], reason=command.reason)
+            case DropCopy():
+                self._cache.drop(command.block, reason=command.reason)
+            case _:
+                pass
+
+    def _demote(self, block: BlockId) -> None:
+        held = self._cache.hold(block.layer, block.index)
+        if held is None or held.format is not Format.BF16:
+            if held is not None:
+                self._cache.done(held)
+            self._parts.store.report_failure(block, Format.INT8, reason=Reason.DEMOTE)
+            return
+        int8, layout = codec(Format.INT8), self._parts.catalog.layout
+        full = self._parts.slab.torch_view(held.slot, self._parts.catalog.block_nbytes)
+        reduced = torch.zeros(int8.nbytes(layout), dtype=torch.uint8, device=full.device)
+        int8.encode(full, layout, reduced)
+        payload = memoryview(reduced.cpu().numpy().data)
+        if not self._cache.replace(held, Format.INT8, payload):
+            self._parts.store.report_failure(block, Format.INT8, reason=Reason.DEMOTE)
+
+    def _events(self) -> list[Event]:
+        counts = self._path.routed_since_last()
+        if not counts:
+            return []
+        return [
+            RouterCounts(
+                now_ns=time.time_ns(),
+                store=self._spec.store.name,
+                counts=counts,
+                tokens=max(count for _, count in counts),
+            )
+        ]
+
+    def _gauges(self) -> dict[str, float]:
+        counters = self._parts.counters
+        return {
+            "requests": self._requests,
+            "tokens": counters.tokens,
+            "stall_ns": counters.stall_ns,
+        }
+
+
+def _trace_of(request: GenerateRequest) -> tuple[int, int]:
+    parts = request.traceparent.split("-")
+    if len(parts) == 4 and len(parts[1]) == 32:
+        return int(parts[1][:16], 16), int(parts[1][16:], 16)
+    return secrets.randbits(64), secrets.randbits(64)
+
+
+def remote_classes() -> dict[str, Any]:
+    """Ray's actor classes of every shell here, by role."""
+    from hotset.actors.controller import Controller
+    from hotset.actors.pools import CXLPool, HostPool
+    from hotset.actors.telemetry import Telemetry
+
+    groups = {"ctl": 2, "peer": 2, "serve": 16}
+    return {
+        "worker": ray.remote(concurrency_groups=groups)(GPUWorker),
+        "controller": ray.remote(Controller),
+        "host": ray.remote(HostPool),
+        "cxl": ray.remote(CXLPool),
+        "telemetry": ray.remote(Telemetry),
+    }

@@ -1,0 +1,127 @@
+"""What a user may say about a run, checked before anything starts.
+
+Decides sizes (ratios become bytes of whole slots) and refuses what cannot work, naming the remedy.
+Must not start anything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hotset.errors import ConfigError
+from hotset.transport.base import LinkProfile
+from hotset.transport.slab import slot_stride
+
+if TYPE_CHECKING:
+    from hotset.blocks.checkpoint import Catalog
+
+PROFILES: dict[str, LinkProfile] = {
+    "cxl2x8": LinkProfile(bandwidth_bytes_per_s=25_000_000_000, latency_ns=600, emulated=True),
+    "cxl-slow": LinkProfile(bandwidth_bytes_per_s=1_000_000_000, latency_ns=2_000, emulated=True),
+    "roce400": LinkProfile(bandwidth_bytes_per_s=45_000_000_000, latency_ns=3_000, emulated=True),
+}
+"""Links that the CXL pool can be given. A pool cannot be faster than this machine's memory."""
+
+
+class RunConfig(BaseModel):
+    """One run: the model, the cluster's tiers, and how requests are computed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path
+    workers: int = Field(default=2, ge=1, le=256)
+    hbm_ratio: float = Field(default=0.3, gt=0, le=1)
+    hbm_bytes: int | None = Field(default=None, gt=0)
+    host_pools: int = Field(default=1, ge=0, le=64)
+    host_ratio: float = Field(default=0.5, gt=0, le=1)
+    cxl_pools: int = Field(default=1, ge=0, le=64)
+    cxl_ratio: float = Field(default=1.0, gt=0, le=1)
+    cxl_profile: str = "cxl2x8"
+    threads: int = Field(default=1, ge=1)
+    policy: Literal["hotset", "lru", "load-on-demand"] = "hotset"
+    reference: Literal["eager", "grouped_mm"] = "eager"
+    numerics: Literal["exact", "tiled"] = "exact"
+    move: Literal["auto", "weights", "tokens"] = "auto"
+    transport: Literal["nixl", "storage"] = "nixl"
+    reduced_ratio: float = Field(default=0.0, ge=0, le=1)
+    floors: dict[int, Literal["bf16", "int8"]] = Field(default_factory=dict)
+    default_floor: Literal["bf16", "int8"] = "bf16"
+    device: str = "cpu"
+    run_dir: Path | None = None
+    mode: Literal["active", "advisory"] = "active"
+
+    @classmethod
+    def build(cls, **values: object) -> RunConfig:
+        """Check values. Raises ConfigError with one line for the first that is wrong."""
+        try:
+            config = cls(**values)  # type: ignore[arg-type] # pydantic checks them
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(
+                f"{place}: {first['msg'].lower()}", remedy=f"got {first.get('input')!r}"
+            ) from None
+        if config.cxl_profile not in PROFILES:
+            raise ConfigError(
+                f"profile {config.cxl_profile!r} is unknown",
+                remedy=f"choose one of {', '.join(PROFILES)}",
+            )
+        return config
+
+
+class Sizes(BaseModel):
+    """Bytes of each store of a run, and of one slot."""
+
+    model_config = ConfigDict(frozen=True)
+
+    slot_bytes: int
+    hbm_bytes: int
+    host_bytes: int
+    cxl_bytes: int
+
+
+def sizes(config: RunConfig, catalog: Catalog, *, reduced_nbytes: int) -> Sizes:
+    """Bytes for each store. Raises ConfigError when a worker could not run one layer.
+
+    A worker must hold the experts of one token in one layer at once: `top_k` slots.
+    """
+    slot = slot_stride(catalog.block_nbytes, reduced_nbytes)
+    blocks = len(catalog.blocks)
+    if config.hbm_bytes is not None:
+        slots = config.hbm_bytes // slot
+    else:
+        slots = math.floor(blocks * config.hbm_ratio)
+    if slots < catalog.top_k:
+        need = catalog.top_k / blocks
+        raise ConfigError(
+            f"the worker's budget holds {slots} experts, one layer of one token needs "
+            f"{catalog.top_k}",
+            remedy=f"use --hbm-ratio {math.ceil(need * 1000) / 1000} or more"
+            if config.hbm_bytes is None
+            else f"use --hbm-bytes {catalog.top_k * slot} or more",
+        )
+    return Sizes(
+        slot_bytes=slot,
+        hbm_bytes=slots * slot,
+        host_bytes=max(1, math.ceil(blocks * config.host_ratio / max(1, config.host_pools))) * slot,
+        cxl_bytes=max(1, math.ceil(blocks * config.cxl_ratio / max(1, config.cxl_pools))) * slot,
+    )
+
+
+def new_run_dir(config: RunConfig, run: str) -> Path:
+    """Make the run's directory: the one asked for, else one under $HOTSET_RUNS or here."""
+    base = Path(os.environ.get("HOTSET_RUNS", "hotset-runs"))
+    path = config.run_dir or base / run
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run's directory {path} ({error.strerror})",
+            remedy="choose another with --run-dir",
+        ) from None
+    return path.resolve()

@@ -1,0 +1,122 @@
+"""An embedded cluster on this machine: a head node and one Ray node for each store.
+
+Real raylets and real processes; only the machine is one. Ends with the process that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from hotset.errors import ClusterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OBJECT_STORE_BYTES = 80 << 20  # tokens and control messages only; blocks never go through it
+
+# Dead nodes are seen in half a second instead of 14 s; the keys are checked by Ray at start.
+SYSTEM_CONFIG = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
+
+# Idle OpenMP threads spin by default, which slows decode many times when cores are shared.
+THREAD_ENV = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def quiet_environment() -> None:
+    """Settings that every process of ours inherits; the user's own values win."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",  # loopback only; see OPERATIONS.md for other clusters
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
+        **THREAD_ENV,
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class LocalCluster:
+    """Nodes of the embedded cluster."""
+
+    def __init__(self, cluster: Any, address: str) -> None:
+        """Made by `local_cluster`."""
+        self._cluster = cluster
+        self.address = address
+        self.nodes: dict[str, Any] = {}
+
+    def add_node(self, name: str, *, resources: dict[str, float]) -> None:
+        """Start one more raylet, labelled with `name`; it has room for our actors only."""
+        self.nodes[name] = self._cluster.add_node(
+            num_cpus=2,
+            num_gpus=0,
+            object_store_memory=OBJECT_STORE_BYTES,
+            resources={f"hotset_node_{name}": 100, **resources},
+            labels={"hotset.io/node": name},
+        )
+
+    def remove_node(self, name: str) -> None:
+        """Stop a raylet and everything on it."""
+        self._cluster.remove_node(self.nodes.pop(name), allow_graceful=True)
+
+
+@contextlib.contextmanager
+def local_cluster(
+    nodes: dict[str, dict[str, float]],
+    *,
+    dashboard: bool = False,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Iterator[LocalCluster]:
+    """Start head and nodes, connect this process, and stop all of it at the end.
+
+    `nodes` maps names to custom resources. Raises ClusterError when Ray cannot start.
+    """
+    quiet_environment()
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if ray.is_initialized():
+        raise ClusterError("this process is connected to Ray", remedy="use that cluster's address")
+    say(f"starting a local cluster of {len(nodes) + 1} nodes")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    cluster = None
+    try:
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 2,
+                "num_gpus": 0,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "include_dashboard": dashboard,
+                "resources": {"hotset_node_head": 100},
+                "labels": {"hotset.io/node": "head"},
+                "_system_config": SYSTEM_CONFIG,
+            },
+        )
+        local = LocalCluster(cluster, cluster.address)
+        for name, resources in nodes.items():
+            local.add_node(name, resources=resources)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        if cluster is not None:
+            with contextlib.suppress(Exception):
+                cluster.shutdown()
+        raise ClusterError(
+            f"Ray did not start ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            remedy="check free memory and ports, and that no other cluster of yours is stuck",
+        ) from error
+    try:
+        yield local
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
