@@ -118,7 +118,9 @@ class Int8Codec(Codec):
             dim = _scaled_dim(layout)
             for start in range(0, field.shape[dim], _CHUNK):
                 size = min(_CHUNK, field.shape[dim] - start)
-                part, scale = _quantise(weight.narrow(dim, start, size).float(), layout)
+                part, scale = _quantise(
+                    weight.narrow(dim, start, size).to(torch.float32, copy=True), layout
+                )
                 values.narrow(dim, start, size).copy_(part)
                 scales.narrow(0, start, size).copy_(scale.flatten())
 

@@ -91,7 +91,9 @@ def test_int8_error_is_half_a_scale(
 ) -> None:
     layout = make_layout(hidden=hidden, inter=inter, dtype=dtype, transposed=transposed, bias=bias)
     payload = make_payload(layout, seed=seed, spread=spread)
+    before = payload.clone()
     encoded = encode(layout, payload)
+    assert torch.equal(payload, before)
     assert encoded.numel() == INT8.nbytes(layout)
     restored = torch.empty(layout.nbytes, dtype=torch.uint8)
     INT8.decode(encoded, layout, restored)
