@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from hotset.policies.types import Copy
 
 
+_UNCLIPPED = 8
+"""Samples that are taken as they are: the first guess may be far off."""
+_PRIOR_WEIGHT = 0.01
+_FASTEST_NS_PER_BYTE = 1e-4
+"""10 TB/s: below this the samples say nothing about bytes."""
+
+
 class Move(StrEnum):
     """What crosses the link."""
 
@@ -76,28 +83,49 @@ def order_sources(copies: Iterable[Copy], link_cost_ns: Mapping[str, int]) -> li
 class LinkCost:
     """Expected time of a read over one link: latency + bytes x ns per byte, from samples.
 
-    Both terms are moving averages, told apart by size: a sample first gives back what the
-    present line explains, and the rest is split by how much of it is due to bytes. A sample far
-    above the line is clipped to `clip` times the expectation, so that one hiccup does not scare
-    traffic away; the same excess again and again does move the line.
+    Least squares over samples that fade by `gain`, each weighted by 1 / (size + size whose bytes
+    take as long as the latency) squared, so that small and large reads count alike. The first guess stays in with a small weight, which tells the two terms
+    apart while all reads have one size. A sample far off the line is clipped to `clip` times the
+    expectation: one hiccup does not scare traffic away, the same excess again and again does.
     """
 
-    __slots__ = ("_clip", "_gain", "_latency_ns", "_ns_per_byte", "samples")
+    __slots__ = (
+        "_clip",
+        "_fade",
+        "_latency_bytes",
+        "_latency_ns",
+        "_nn",
+        "_ns_per_byte",
+        "_nt",
+        "_prior",
+        "_w",
+        "_wn",
+        "_wt",
+        "samples",
+    )
 
     def __init__(
         self,
         *,
         latency_ns: float = 50_000.0,
         bytes_per_s: float = 1e9,
-        gain: float = 0.1,
+        gain: float = 0.05,
         clip: float = 3.0,
     ) -> None:
         """Start from a guess, for instance the profile of the tier."""
         self._latency_ns = float(latency_ns)
         self._ns_per_byte = 1e9 / bytes_per_s
-        self._gain = gain
+        self._fade = 1.0 - gain
         self._clip = clip
+        self._w = self._wn = self._nn = self._wt = self._nt = 0.0
         self.samples = 0
+        self._latency_bytes = max(self._latency_ns, 1e3) / self._ns_per_byte
+        # Two reads that the guess explains: an empty one and one that is mostly bytes.
+        long_bytes = 9.0 * self._latency_bytes
+        self._prior = (
+            (0.0, self._latency_ns),
+            (long_bytes, self._latency_ns + long_bytes * self._ns_per_byte),
+        )
 
     @property
     def latency_ns(self) -> int:
@@ -115,17 +143,33 @@ class LinkCost:
 
     def observe(self, nbytes: int, *, elapsed_ns: int) -> None:
         """Learn from one read that took `elapsed_ns`."""
-        expected = self._latency_ns + nbytes * self._ns_per_byte
-        if self.samples >= 8:
-            seen = min(max(float(elapsed_ns), expected / self._clip), expected * self._clip)
-            gain = self._gain
-        else:
-            seen = float(elapsed_ns)
-            gain = max(self._gain, 1.0 / (self.samples + 2))
+        seen = max(float(elapsed_ns), 1.0)
+        if self.samples >= _UNCLIPPED:
+            expected = self._latency_ns + nbytes * self._ns_per_byte
+            seen = min(max(seen, expected / self._clip), expected * self._clip)
         self.samples += 1
-        by_bytes = nbytes * self._ns_per_byte / expected if expected > 0 else 0.5
-        error = (seen - expected) * gain
-        if nbytes > 0:
-            step = error * by_bytes / nbytes
-            self._ns_per_byte = max(self._ns_per_byte + step, 1e-4)  # at most 10 TB/s
-        self._latency_ns = max(self._latency_ns + error * (1.0 - by_bytes), 0.0)
+        weight = (nbytes + self._latency_bytes) ** -2.0
+        self._w = self._w * self._fade + weight
+        self._wn = self._wn * self._fade + weight * nbytes
+        self._nn = self._nn * self._fade + weight * nbytes * nbytes
+        self._wt = self._wt * self._fade + weight * seen
+        self._nt = self._nt * self._fade + weight * nbytes * seen
+        self._solve()
+
+    def _solve(self) -> None:
+        w, wn, nn, wt, nt = self._w, self._wn, self._nn, self._wt, self._nt
+        for nbytes, elapsed_ns in self._prior:
+            weight = _PRIOR_WEIGHT * (nbytes + self._latency_bytes) ** -2.0
+            w += weight
+            wn += weight * nbytes
+            nn += weight * nbytes * nbytes
+            wt += weight * elapsed_ns
+            nt += weight * nbytes * elapsed_ns
+        det = w * nn - wn * wn
+        per_byte = (w * nt - wn * wt) / det
+        latency = (nn * wt - wn * nt) / det
+        if latency < 0.0:
+            latency, per_byte = 0.0, nt / nn
+        if per_byte < _FASTEST_NS_PER_BYTE:
+            latency, per_byte = wt / w, _FASTEST_NS_PER_BYTE
+        self._latency_ns, self._ns_per_byte = latency, per_byte
