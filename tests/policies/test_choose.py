@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from hotset.policies.choose import LinkCost, Move, move_tokens_or_weights, order_sources
 from hotset.policies.types import BlockId, Copy, Format
 

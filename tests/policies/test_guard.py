@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from hotset.policies.guard import QUALITY, Guardrail
 from hotset.policies.types import BlockId, Copy, Format, Reason
 

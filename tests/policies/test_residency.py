@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
 from hotset.errors import ConfigError, InvalidTransition
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.residency import DeviceResidency, DeviceShape, ResidencyPolicy, make_policy
 from hotset.policies.types import Format, State
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -235,69 +242,74 @@ def test_errors_name_the_remedy() -> None:
         shape_of(0)
 
 
+class Walk(RuleBasedStateMachine):
+    """A worker that fetches, pins and fails at random; every step is followed by `validate`."""
+
+    name = "hotset"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = make_policy(self.name, shape_of(5, layers=2, experts=6))
+        self.flying: set[tuple[int, int]] = set()
+        self.pinned: list[tuple[int, int]] = []
+        self.step = 0
+
+    @rule(layer=st.sampled_from([1, 2]), experts=st.sets(st.integers(0, 5), min_size=1))
+    def route(self, layer: int, experts: set[int]) -> None:
+        self.step += 1
+        needs = sorted(experts)
+        plan = self.policy.routed(layer, needs, [1] * len(needs), step=self.step)
+        assert sorted([*plan.resident, *plan.arriving, *plan.missing]) == needs
+
+    @rule(
+        layer=st.sampled_from([1, 2]),
+        expert=st.integers(0, 5),
+        form=st.sampled_from([Format.BF16, Format.INT8]),
+    )
+    def fetch(self, layer: int, expert: int, form: Format) -> None:
+        state = self.policy.state(layer, expert)
+        if state is State.REDUCED and (layer, expert) in self.pinned:
+            return
+        want = self.policy.nbytes(form)
+        while (victim := self.policy.victim(want, needed=[(layer, expert)])) is not None:
+            assert (victim.layer, victim.expert) not in self.pinned
+            self.policy.dropped(victim.layer, victim.expert)
+        if self.policy.room(want) and state in {State.STORED, State.REDUCED}:
+            self.policy.in_flight(layer, expert, form)
+            self.flying.add((layer, expert))
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), works=st.booleans())
+    def end(self, data: st.DataObject, *, works: bool) -> None:
+        layer, expert = data.draw(st.sampled_from(sorted(self.flying)))
+        self.flying.discard((layer, expert))
+        if works:
+            self.policy.landed(layer, expert)
+        else:
+            self.policy.failed(layer, expert)
+
+    @rule(layer=st.sampled_from([1, 2]), expert=st.integers(0, 5))
+    def pin(self, layer: int, expert: int) -> None:
+        if self.policy.format(layer, expert) is not None:
+            self.policy.pin(layer, expert)
+            self.pinned.append((layer, expert))
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        at = data.draw(st.sampled_from(range(len(self.pinned))))
+        self.policy.unpin(*self.pinned.pop(at))
+
+    @invariant()
+    def books_match(self) -> None:
+        self.policy.validate()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_random_walks_keep_the_books(name: str) -> None:
-    class Walk(RuleBasedStateMachine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.policy = make_policy(name, shape_of(5, layers=2, experts=6))
-            self.flying: set[tuple[int, int]] = set()
-            self.pinned: list[tuple[int, int]] = []
-            self.step = 0
-
-        @rule(layer=st.sampled_from([1, 2]), experts=st.sets(st.integers(0, 5), min_size=1))
-        def route(self, layer: int, experts: set[int]) -> None:
-            self.step += 1
-            needs = sorted(experts)
-            plan = self.policy.routed(layer, needs, [1] * len(needs), step=self.step)
-            assert sorted([*plan.resident, *plan.arriving, *plan.missing]) == needs
-
-        @rule(
-            layer=st.sampled_from([1, 2]),
-            expert=st.integers(0, 5),
-            form=st.sampled_from([Format.BF16, Format.INT8]),
-        )
-        def fetch(self, layer: int, expert: int, form: Format) -> None:
-            state = self.policy.state(layer, expert)
-            if state is State.REDUCED and (layer, expert) in self.pinned:
-                return
-            want = self.policy.nbytes(form)
-            while (victim := self.policy.victim(want, needed=[(layer, expert)])) is not None:
-                assert (victim.layer, victim.expert) not in self.pinned
-                self.policy.dropped(victim.layer, victim.expert)
-            if self.policy.room(want) and state in {State.STORED, State.REDUCED}:
-                self.policy.in_flight(layer, expert, form)
-                self.flying.add((layer, expert))
-
-        @precondition(lambda self: self.flying)
-        @rule(data=st.data(), works=st.booleans())
-        def end(self, data: st.DataObject, *, works: bool) -> None:
-            layer, expert = data.draw(st.sampled_from(sorted(self.flying)))
-            self.flying.discard((layer, expert))
-            if works:
-                self.policy.landed(layer, expert)
-            else:
-                self.policy.failed(layer, expert)
-
-        @rule(layer=st.sampled_from([1, 2]), expert=st.integers(0, 5))
-        def pin(self, layer: int, expert: int) -> None:
-            if self.policy.format(layer, expert) is not None:
-                self.policy.pin(layer, expert)
-                self.pinned.append((layer, expert))
-
-        @precondition(lambda self: self.pinned)
-        @rule(data=st.data())
-        def unpin(self, data: st.DataObject) -> None:
-            at = data.draw(st.sampled_from(range(len(self.pinned))))
-            self.policy.unpin(*self.pinned.pop(at))
-
-        @invariant()
-        def books_match(self) -> None:
-            self.policy.validate()
-
-    Walk.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
-    case = Walk.TestCase()
-    case.runTest()
+    machine = type("NamedWalk", (Walk,), {"name": name})
+    steps = settings(max_examples=25, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(machine, settings=steps)
 
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=8, unique=True))

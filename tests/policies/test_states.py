@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from hotset.errors import InvalidTransition
 from hotset.policies.states import (
     ARROWS,

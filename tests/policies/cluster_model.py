@@ -1,0 +1,144 @@
+"""A tiny honest cluster for tests of the brain: carries commands out and reports events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from hotset.policies.brain import ClusterBrain
+from hotset.policies.types import (
+    BlockId,
+    BlockInfo,
+    Command,
+    Copy,
+    CopyDropped,
+    CopyLanded,
+    DropCopy,
+    Event,
+    Format,
+    Reason,
+    StartTransfer,
+    StoreInfo,
+    StoreJoined,
+    StoreLost,
+    Tier,
+    TransferFailed,
+)
+
+if TYPE_CHECKING:
+    from hotset.policies.config import PolicyConfig
+    from collections.abc import Iterable
+
+SLOT = 64 + 1024
+FULL = 1024
+REDUCED = 576
+
+
+def blocks_of(layers: int, experts: int) -> list[BlockInfo]:
+    return [
+        BlockInfo(block=BlockId(layer, index), nbytes=FULL, reduced_nbytes=REDUCED)
+        for layer in range(layers)
+        for index in range(experts)
+    ]
+
+
+@dataclass
+class ClusterModel:
+    """Stores that do what they are told; `todo` holds commands not carried out yet."""
+
+    brain: ClusterBrain
+    now_ns: int = 0
+    generation: int = 0
+    incarnations: dict[str, int] = field(default_factory=dict)
+    todo: list[StartTransfer | DropCopy] = field(default_factory=list)
+    log: list[Event] = field(default_factory=list)
+    answers: list[list[Command]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, *, layers: int = 4, experts: int = 8, config: PolicyConfig | None = None
+    ) -> ClusterModel:
+        return cls(brain=ClusterBrain(blocks_of(layers, experts), config=config))
+
+    def send(self, event: Event) -> list[Command]:
+        """Hand over one event, check every invariant, remember both sides."""
+        commands = self.brain.handle(event)
+        self.brain.validate()
+        self.log.append(event)
+        self.answers.append(commands)
+        self.todo += [c for c in commands if isinstance(c, StartTransfer | DropCopy)]
+        return commands
+
+    def join(
+        self, name: str, tier: Tier, *, slots: int, copies: Iterable[Copy] = (), node: str = "n0"
+    ) -> list[Command]:
+        incarnation = self.incarnations[name] = self.incarnations.get(name, 0) + 1
+        info = StoreInfo(
+            name=name, tier=tier, node=node, incarnation=incarnation, capacity_bytes=slots * SLOT
+        )
+        held = tuple(replace(copy, store=name, incarnation=incarnation) for copy in copies)
+        return self.send(StoreJoined(now_ns=self.now_ns, store=info, copies=held))
+
+    def lose(self, name: str) -> list[Command]:
+        self.todo = [command for command in self.todo if command.store != name]
+        return self.send(
+            StoreLost(now_ns=self.now_ns, store=name, incarnation=self.incarnations[name])
+        )
+
+    def carry_out(self, command: StartTransfer | DropCopy, *, works: bool = True) -> list[Command]:
+        """Report the end of one command."""
+        incarnation = self.incarnations[command.store]
+        if isinstance(command, DropCopy):
+            return self.send(
+                CopyDropped(
+                    now_ns=self.now_ns,
+                    store=command.store,
+                    block=command.block,
+                    format=command.format,
+                    reason=command.reason,
+                    incarnation=incarnation,
+                )
+            )
+        if not works:
+            return self.send(
+                TransferFailed(
+                    now_ns=self.now_ns,
+                    store=command.store,
+                    block=command.block,
+                    format=command.format,
+                    reason=Reason.TIMEOUT,
+                    incarnation=incarnation,
+                )
+            )
+        return self.send(
+            CopyLanded(
+                now_ns=self.now_ns,
+                copy=self.copy(command.block, store=command.store, form=command.format),
+                reason=command.reason,
+                source=command.sources[0],
+            )
+        )
+
+    def settle(self) -> None:
+        """Carry out all that is asked for, and what that leads to."""
+        for _ in range(10_000):
+            if not self.todo:
+                return
+            self.carry_out(self.todo.pop(0))
+        raise AssertionError("the brain never comes to rest")
+
+    def copy(self, block: BlockId, *, store: str, form: Format = Format.BF16) -> Copy:
+        self.generation += 1
+        return Copy(
+            block=block,
+            format=form,
+            store=store,
+            offset=0,
+            nbytes=FULL if form is Format.BF16 else REDUCED,
+            generation=self.generation,
+            checksum=self.generation,
+            incarnation=self.incarnations.get(store, 1),
+        )
+
+    def held(self, store: str) -> set[BlockId]:
+        return {copy.block for copy in self.brain.directory() if copy.store == store}
