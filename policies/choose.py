@@ -83,9 +83,10 @@ def order_sources(copies: Iterable[Copy], link_cost_ns: Mapping[str, int]) -> li
 class LinkCost:
     """Expected time of a read over one link: latency + bytes x ns per byte, from samples.
 
-    Least squares over samples that fade by `gain`, each weighted by 1 / (size + size whose bytes
-    take as long as the latency) squared, so that small and large reads count alike. The first guess stays in with a small weight, which tells the two terms
-    apart while all reads have one size. A sample far off the line is clipped to `clip` times the
+    Least squares over samples that fade by `gain`. Each is weighted by the inverse square of its
+    size plus the size whose bytes take as long as the latency, so that small and large reads
+    count alike. The first guess stays in with a small weight, which tells the two terms apart
+    while all reads have one size. A sample far off the line is clipped to `clip` times the
     expectation: one hiccup does not scare traffic away, the same excess again and again does.
     """
 

@@ -26,8 +26,9 @@ from hotset.policies.types import (
 )
 
 if TYPE_CHECKING:
-    from hotset.policies.config import PolicyConfig
     from collections.abc import Iterable
+
+    from hotset.policies.config import PolicyConfig
 
 SLOT = 64 + 1024
 FULL = 1024

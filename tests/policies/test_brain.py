@@ -294,6 +294,15 @@ def test_a_new_controller_learns_what_stores_hold() -> None:
     ]
 
 
+def test_copies_of_a_former_incarnation_are_void_when_a_store_joins() -> None:
+    model = ClusterModel.of()
+    old = model.copy(BlockId(0, 0), store="h0")
+    info = StoreInfo(name="h0", tier=Tier.HOST, node="n0", incarnation=2, capacity_bytes=4 * SLOT)
+    model.send(StoreJoined(now_ns=1, store=info, copies=(old,)))
+    assert model.brain.directory() == ()
+    assert model.brain.ignored == 1
+
+
 def test_deltas_bring_a_reader_up_to_date() -> None:
     model = ClusterModel.of(config=PolicyConfig(changes_kept=20))
     copies: set[object] = set()
