@@ -18,7 +18,7 @@ import torch
 
 from hotset.blocks.experts import ExpertWeights, layout_dtype, view_weights
 from hotset.errors import CheckpointError
-from hotset.policies.types import Format
+from hotset.policies.types import FORMAT_CODES, Format
 
 if TYPE_CHECKING:
     from hotset.blocks.checkpoint import BlockLayout, Field
@@ -66,7 +66,7 @@ class FullCodec(Codec):
     """The checkpoint's own bytes."""
 
     name = Format.BF16
-    code = 1
+    code = FORMAT_CODES[Format.BF16]
 
     def nbytes(self, layout: BlockLayout) -> int:
         """As `Codec.nbytes`."""
@@ -99,7 +99,7 @@ class Int8Codec(Codec):
     """
 
     name = Format.INT8
-    code = 2
+    code = FORMAT_CODES[Format.INT8]
 
     def nbytes(self, layout: BlockLayout) -> int:
         """As `Codec.nbytes`."""

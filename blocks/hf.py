@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import sys
 import threading
 from dataclasses import dataclass
@@ -142,6 +143,22 @@ def load_skeleton(
         experts=experts,
         binding=binding,
     )
+
+
+def import_model_code(model_type: str) -> None:
+    """Import all that loading and generating will import, so that memory after it is the model's.
+
+    Unknown families are left to transformers, which names what it lacks when it loads them.
+    """
+    for name in (
+        "core_model_loading",
+        "conversion_mapping",
+        "generation",
+        "models.auto.modeling_auto",
+        f"models.{model_type}.modeling_{model_type}",
+    ):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(f"transformers.{name}")
 
 
 def routers(model: Any) -> dict[int, torch.nn.Module]:

@@ -8,6 +8,7 @@ spreads them. The controller is detached and restarted by Ray; so are stores, as
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from hotset.actors.peers import actor_name
 from hotset.actors.telemetry import TelemetrySpec, Totals
 from hotset.actors.worker import WorkerSpec, remote_classes
 from hotset.blocks.formats import codec
+from hotset.cluster import limits
 from hotset.cluster.config import PROFILES, RunConfig, Sizes, new_run_dir, sizes
 from hotset.errors import ClusterError
 from hotset.policies.types import Format, Tier
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 START_S = 180.0
 CALL_S = 20.0
+MOST_RESTARTS = 5  # of a store; one that cannot even start must not try for ever
 NODE_PREFIX = "hotset_node_"
 
 
@@ -217,7 +220,7 @@ class Deployment:
         spec = self._store_spec(name, tier=tier, node=node)
         self.pools[name] = remote_classes()[kind].options(
             name=actor_name(self.run, name), namespace=NAMESPACE, lifetime="detached",
-            max_restarts=-1, num_cpus=0, **self._place(node),
+            max_restarts=MOST_RESTARTS, num_cpus=0, **self._place(node),
         ).remote(msgspec.msgpack.encode(spec))  # fmt: skip
 
     def _start_worker(self, name: str, *, node: str) -> None:
@@ -230,11 +233,14 @@ class Deployment:
             numerics=config.numerics,
             move=config.move,
         )
-        env = {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}}
+        variables = {"OMP_NUM_THREADS": str(config.threads)}
+        if os.environ.get(limits.ENV):
+            variables[limits.ENV] = os.environ[limits.ENV]
+        env = {"env_vars": variables}
         gpus = 1 if config.device.startswith("cuda") else 0
         self.workers[name] = remote_classes()["worker"].options(
             name=actor_name(self.run, name), namespace=NAMESPACE, lifetime="detached",
-            max_restarts=-1, num_cpus=0, num_gpus=gpus, runtime_env=env, **self._place(node),
+            max_restarts=MOST_RESTARTS, num_cpus=0, num_gpus=gpus, runtime_env=env, **self._place(node),
         ).remote(msgspec.msgpack.encode(spec))  # fmt: skip
 
     def _wait_started(self) -> None:
