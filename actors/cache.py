@@ -105,7 +105,7 @@ class HotCache:
                 self._flights[BlockId(layer, expert)].waiters.append(inbox)
         return held, plan
 
-    def fetch(
+    def fetch(  # noqa: PLR0913 - who asks, and why
         self,
         layer: int,
         experts: Sequence[int],
@@ -113,6 +113,7 @@ class HotCache:
         inbox: SimpleQueue[Delivery],
         trace: tuple[int, int],
         parent: int,
+        reason: Reason = Reason.DEMAND,
     ) -> None:
         """Bring missing experts here; each is delivered to `inbox` exactly once."""
         wants: list[Want] = []
@@ -125,7 +126,7 @@ class HotCache:
                 elif self._policy.format(layer, expert) is not None:
                     inbox.put(self._hold(layer, expert))
                 else:
-                    flight = _Flight(reason=Reason.DEMAND, trace=trace, parent=parent)
+                    flight = _Flight(reason=reason, trace=trace, parent=parent)
                     flight.waiters.append(inbox)
                     self._flights[block] = flight
                     self._admit_or_queue(block, flight, wants)
@@ -138,12 +139,13 @@ class HotCache:
         reason: Reason = Reason.PREFETCH,
         trace: tuple[int, int] = (0, 0),
         parent: int = 0,
-    ) -> None:
-        """Start bringing blocks here that nobody waits for; those without room are left out."""
+    ) -> bool:
+        """Start bringing blocks here that nobody waits for; False when there is no room for all."""
         wants: list[Want] = []
+        all_fit = True
         with self._lock:
             if self._line:
-                return  # somebody waits for a slot
+                return False  # somebody waits for a slot
             for layer, expert in blocks:
                 block = BlockId(layer, expert)
                 if block in self._flights or self._policy.format(layer, expert) is not None:
@@ -151,10 +153,12 @@ class HotCache:
                 flight = _Flight(reason=reason, trace=trace, parent=parent)
                 want = self._admit(block, flight, evict=reason is not Reason.WARM)
                 if want is None:
+                    all_fit = False
                     break
                 self._flights[block] = flight
                 wants.append(want)
         self._fetcher.start(wants)
+        return all_fit
 
     def done(self, held: Held) -> None:
         """Give a pin back; a block in line may take the slot."""
@@ -243,6 +247,8 @@ class HotCache:
             self._line.appendleft(landing.block)
             return self._serve_line()
         del self._flights[landing.block]
+        reason = Reason.VETO_MEMORY if landing.no_slot else Reason.LOST
+        self._store.report_failure(landing.block, landing.format, reason=reason)
         for inbox in flight.waiters:
             inbox.put(Lost(landing.block.layer, landing.block.index, landing.error))
         return self._serve_line()

@@ -10,6 +10,7 @@ Must not know Ray or how the brain decides. Every event is journalled before the
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -84,7 +85,10 @@ class _Seen:
 
 
 class ControlCore:
-    """State of the cluster as told by its stores. One thread calls it."""
+    """State of the cluster as told by its stores. One thread calls it.
+
+    Any thread may wait on `settled`: all that was asked of the stores so far has been reported.
+    """
 
     def __init__(
         self, spec: ControlSpec, *, clock_ns: Callable[[], int] = time.time_ns, replay: bool = True
@@ -115,6 +119,7 @@ class ControlCore:
         self._epoch_ns = self.incarnation
         self._next_tick_ns = 0
         self._expected: dict[str, int] = {}  # stores of the journal that have not joined again
+        self.settled = threading.Event()
         self.replayed = 0
         journal = Path(spec.run_dir) / "journal.msgpack"
         if replay and journal.exists():
@@ -167,7 +172,8 @@ class ControlCore:
         if member is None:
             return False
         member.draining = True
-        self._feed(StoreDraining(now_ns=self._clock_ns(), store=name))
+        incarnation = member.peer.incarnation
+        self._feed(StoreDraining(now_ns=self._clock_ns(), store=name, incarnation=incarnation))
         return True
 
     def leave(self, name: str, *, incarnation: int) -> None:
@@ -235,6 +241,10 @@ class ControlCore:
         self._journal.append(msgspec.msgpack.encode(pack(event)))
         for command in self._brain.handle(event):
             self._give(command)
+        if self._brain.settled():
+            self.settled.set()
+        else:
+            self.settled.clear()
 
     def _give(self, command: Command) -> None:
         match command:

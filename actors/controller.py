@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import msgspec
+import ray
 
 from hotset.actors.control import ControlCore, ControlSpec
 from hotset.actors.messages import Heartbeat, Join, decode, encode
@@ -48,6 +49,11 @@ class Controller:
     def status(self) -> bytes:
         """MessagePack of the fields of `dashboards.status.Status`."""
         return msgspec.msgpack.encode(self._core.status())
+
+    @ray.method(concurrency_group="ask")
+    def wait_settled(self, timeout_s: float) -> bool:
+        """Wait until the stores have reported on all that was asked; False at the deadline."""
+        return self._core.settled.wait(timeout_s)
 
     def why(self, layer: int, index: int) -> bytes:
         """MessagePack of [story lines, copies] of a block."""

@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from hotset.actors.fetcher import Landing, Want
-from hotset.policies.types import BlockId, Command, DropCopy, Format, StartTransfer
+from hotset.policies.types import BlockId, Command, DropCopy, Format, Reason, StartTransfer
 
 if TYPE_CHECKING:
     from hotset.actors.fetcher import Fetcher
@@ -74,7 +74,7 @@ class PoolCore:
                     )
                 )
         for command in refused:
-            self._store.report_failure(command.block, command.format, reason=command.reason)
+            self._store.report_failure(command.block, command.format, reason=Reason.VETO_MEMORY)
         if wants:
             self._fetcher.start(wants)
 
@@ -82,7 +82,8 @@ class PoolCore:
         with self._lock:
             self._flying.discard((landing.block, landing.format))
         if landing.slot is None:
-            self._store.report_failure(landing.block, landing.format, reason=landing.reason)
+            reason = Reason.VETO_MEMORY if landing.no_slot else Reason.LOST
+            self._store.report_failure(landing.block, landing.format, reason=reason)
         else:
             self._store.adopt(landing)
             self._store.unpin(landing.slot)

@@ -109,7 +109,7 @@ class Store:
             slot = self._slots.pop((block, fmt), None)
             if slot is None:
                 return False
-            del self._copies[block, fmt]
+            copy = self._copies.pop((block, fmt))
             self._outbox.append(
                 CopyDropped(
                     now_ns=time.time_ns(),
@@ -117,6 +117,8 @@ class Store:
                     block=block,
                     format=fmt,
                     reason=reason,
+                    incarnation=self.info.incarnation,
+                    generation=copy.generation,
                 )
             )
             self.slab.retire(slot)
@@ -132,6 +134,7 @@ class Store:
                     block=block,
                     format=fmt,
                     reason=reason,
+                    incarnation=self.info.incarnation,
                 )
             )
 

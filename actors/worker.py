@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ import ray
 import torch
 
 from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
-from hotset.actors.cache import HotCache
+from hotset.actors.cache import Delivery, HotCache, Lost
 from hotset.actors.messages import (
     ComputeReply,
     ComputeRequest,
@@ -132,6 +133,7 @@ class GPUWorker:
         self._serial = 0
         self._lock = threading.Lock()
         self._drained = threading.Event()
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._parts.join(
             command=self._command,
             gauges=self._gauges,
@@ -294,21 +296,31 @@ class GPUWorker:
     def _command(self, command: Command) -> None:
         match command:
             case StartTransfer() if command.format is Format.INT8:
-                self._demote(command.block)
+                self._encoder.submit(self._demote, command.block)
             case StartTransfer():
                 block = (command.block.layer, command.block.index)
-                self._cache.prefetch([block], reason=command.reason)
+                if not self._cache.prefetch([block], reason=command.reason):
+                    self._refuse(command.block, command.format, reason=Reason.VETO_MEMORY)
             case DropCopy():
                 self._cache.drop(command.block, reason=command.reason)
             case _:
                 pass
 
     def _demote(self, block: BlockId) -> None:
+        """Hold a block in int8: encoded here from the full copy, which is fetched when missing."""
         held = self._cache.hold(block.layer, block.index)
-        if held is None or held.format is not Format.BF16:
-            if held is not None:
-                self._cache.done(held)
-            self._parts.store.report_failure(block, Format.INT8, reason=Reason.DEMOTE)
+        if held is None:
+            inbox: SimpleQueue[Delivery] = SimpleQueue()
+            self._cache.fetch(
+                block.layer, [block.index], inbox=inbox, trace=(0, 0), parent=0,
+                reason=Reason.DEMOTE,
+            )  # fmt: skip
+            arrival = inbox.get()  # a fetch delivers exactly once, whatever happens
+            if isinstance(arrival, Lost):
+                return  # the cache has reported it
+            held = arrival
+        if held.format is Format.INT8:
+            self._cache.done(held)
             return
         int8, layout = codec(Format.INT8), self._parts.catalog.layout
         full = self._parts.slab.torch_view(held.slot, self._parts.catalog.block_nbytes)
@@ -316,7 +328,10 @@ class GPUWorker:
         int8.encode(full, layout, reduced)
         payload = memoryview(reduced.cpu().numpy().data)
         if not self._cache.replace(held, Format.INT8, payload):
-            self._parts.store.report_failure(block, Format.INT8, reason=Reason.DEMOTE)
+            self._refuse(block, Format.INT8, reason=Reason.STALE)
+
+    def _refuse(self, block: BlockId, fmt: Format, *, reason: Reason) -> None:
+        self._parts.store.report_failure(block, fmt, reason=reason)
 
     def _events(self) -> list[Event]:
         counts = self._path.routed_since_last()
@@ -364,7 +379,7 @@ def remote_classes() -> dict[str, Any]:
     groups = {"ctl": 2, "peer": 2, "serve": 16}
     return {
         "worker": ray.remote(concurrency_groups=groups)(GPUWorker),
-        "controller": ray.remote(Controller),
+        "controller": ray.remote(concurrency_groups={"ask": 2})(Controller),
         "host": ray.remote(HostPool),
         "cxl": ray.remote(CXLPool),
         "telemetry": ray.remote(Telemetry),

@@ -120,18 +120,11 @@ class Deployment:
 
     # --- asking ---------------------------------------------------------------------------------
 
-    def wait_settled(self, *, timeout_s: float = 120.0) -> None:
-        """Wait until pools have carried out what the controller asked for so far."""
-        deadline = time.monotonic() + timeout_s
-        quiet = 0
-        while quiet < 3 and time.monotonic() < deadline:
-            calls = [pool.pending.remote() for pool in self.pools.values()]
-            busy = sum(ray.get(calls, timeout=CALL_S)) if calls else 0
-            status = self.status()
-            busy += sum(store["in_flight"] for store in status["stores"])
-            quiet = quiet + 1 if not busy and status["epoch"] else 0
-            ray.wait([self.controller.pid.remote()], timeout=0.2)
-            time.sleep(0.1)
+    def wait_settled(self, *, timeout_s: float = 120.0) -> bool:
+        """Wait until the stores have done what the controller asked so far; False: not in time."""
+        waiting = self.controller.wait_settled.remote(timeout_s)
+        settled: bool = ray.get(waiting, timeout=timeout_s + CALL_S)
+        return settled
 
     def status(self) -> dict[str, Any]:
         """The controller's snapshot."""
@@ -240,7 +233,8 @@ class Deployment:
         gpus = 1 if config.device.startswith("cuda") else 0
         self.workers[name] = remote_classes()["worker"].options(
             name=actor_name(self.run, name), namespace=NAMESPACE, lifetime="detached",
-            max_restarts=MOST_RESTARTS, num_cpus=0, num_gpus=gpus, runtime_env=env, **self._place(node),
+            max_restarts=MOST_RESTARTS, num_cpus=0, num_gpus=gpus, runtime_env=env,
+            **self._place(node),
         ).remote(msgspec.msgpack.encode(spec))  # fmt: skip
 
     def _wait_started(self) -> None:

@@ -375,7 +375,7 @@ class ClusterBrain(ClusterLedger):
 
     def _release_claims(self, book: StoreBook) -> None:
         """A worker may fill room that was claimed for the brain's own wishes: it comes first."""
-        while book.used_bytes + book.pending_bytes > book.capacity_bytes:
+        while book.pending and book.used_bytes + book.pending_bytes > book.capacity_bytes:
             flat, form = next(reversed(book.pending))
             book.settle(flat, form)
             self._note(
