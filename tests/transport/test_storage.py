@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hotset.errors import CheckpointError, ConfigError
-from hotset.transport import storage
+from hotset.transport import files
 from hotset.transport.base import Expect, FileItem, FileRange, Status
 from hotset.transport.engine import STORAGE
 from hotset.transport.header import checksum
@@ -96,12 +96,12 @@ def test_long_ranges_are_cut_so_that_threads_share_them() -> None:
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, data = _file(tmp_path, 10_000)
-    real = storage.os.preadv
+    real = files.os.preadv
 
     def short(handle: int, views: list[memoryview], offset: int) -> int:
         return real(handle, [views[0][:333]], offset)
 
-    monkeypatch.setattr(storage.os, "preadv", short)
+    monkeypatch.setattr(files.os, "preadv", short)
     into = memoryview(bytearray(6_000))
     reader = StorageReader(threads=1)
     parts = [FileRange(path=path, offset=at, nbytes=1_500) for at in (3_000, 0, 4_500, 1_500)]
