@@ -45,6 +45,7 @@ def _drop(path: str) -> None:
 
 def _cached_pages(path: str) -> int:
     handle = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # counting must not read ahead
     count = 0
     for at in range(0, os.fstat(handle).st_size, PAGE_BYTES):
         try:
