@@ -160,6 +160,21 @@ class HotCache:
         self._fetcher.start(wants)
         return all_fit
 
+    def steer(self, least_chance: float) -> None:
+        """Tell the policy the least chance of use at which a prefetch pays."""
+        self._policy.steer(least_chance)
+
+    def abandon(self, inbox: SimpleQueue[Delivery], held: Sequence[Held]) -> None:
+        """A layer failed: take back its holds, those delivered and those still to come."""
+        with self._lock:
+            for flight in self._flights.values():
+                flight.waiters = [waiter for waiter in flight.waiters if waiter is not inbox]
+            for block in [b for b in self._line if not self._flights[b].waiters]:
+                self._line.remove(block)
+                del self._flights[block]
+        for one in (*held, *_delivered(inbox)):
+            self.done(one)
+
     def done(self, held: Held) -> None:
         """Give a pin back; a block in line may take the slot."""
         with self._lock:
@@ -319,3 +334,12 @@ class HotCache:
             self._line.popleft()
             wants.append(want)
         return wants
+
+
+def _delivered(inbox: SimpleQueue[Delivery]) -> list[Held]:
+    found = []
+    while not inbox.empty():
+        one = inbox.get_nowait()
+        if isinstance(one, Held):
+            found.append(one)
+    return found

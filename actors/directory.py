@@ -116,6 +116,11 @@ class Directory:
             cost = self._costs.setdefault(store, fresh)
         return cost
 
+    def cheapest_ns(self, nbytes: int) -> int:
+        """Expected time of a fetch from the link that measures fastest."""
+        costs = list(self._costs.values()) or [self.cost(STORAGE)]
+        return min(cost.estimate_ns(nbytes) for cost in costs)
+
     def dispatch(self, store: str) -> LinkCost:
         """Measured cost of sending tokens to a worker and getting rows back."""
         cost = self._dispatch.get(store)

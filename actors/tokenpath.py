@@ -14,16 +14,15 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-import torch
-
 from hotset.actors.cache import Delivery, Held, Lost
+from hotset.actors.linkload import LinkLoad
 from hotset.blocks.experts import run_expert, run_expert_tiled, view_weights
 from hotset.blocks.formats import codec
-from hotset.blocks.routing import Group, combine, group_rows
+from hotset.blocks.routing import Groups, combine, count_experts
 from hotset.errors import TransferTimeout, TransportError
 from hotset.policies.choose import Move, move_tokens_or_weights
 from hotset.policies.types import FORMAT_CODES, BlockId, Format, Tier
@@ -31,6 +30,8 @@ from hotset.transport.records import NO_NAME, Code, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from hotset.actors.assembly import Counters
     from hotset.actors.cache import HotCache
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 60.0
 _DISPATCH_S = 2.0
-_MOST_ROWS_IN_PYTHON = 64
 _LAYER_SAMPLE = 16  # one step in this many gets a row for each layer
 
 
@@ -61,6 +61,7 @@ class Dispatched(NamedTuple):
     """A peer's answer (or its absence) for the experts that were sent to it."""
 
     store: str
+    layer: int
     outputs: dict[int, torch.Tensor | None]
     row_id: int
 
@@ -76,8 +77,9 @@ class Context:
     step_start_ns: int = 0
     tokens: int = 0
     stall_ns: int = 0
-    hits: Counter[str] = field(default_factory=Counter)
-    queries: int = 0
+    fetches: int = 0
+    layer_start_ns: int = 0
+    layer_stall_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,7 @@ class TokenPath:
         self._local = threading.local()
         self._senders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dispatch")
         self._int8 = codec(Format.INT8)
+        self._link = LinkLoad()
         self._routed: Counter[BlockId] = Counter()
         self._routed_lock = threading.Lock()
 
@@ -187,35 +190,34 @@ class TokenPath:
         """As `blocks.hf.ExpertRunner.run`: [n, H], [n, K], [n, K] -> [n, H]."""
         context = self.context
         start_ns = time.time_ns()
-        experts, counts = _count(top_k_index, num_experts=self._catalog.num_experts)
+        self._measure(context, start_ns)
+        experts, counts = count_experts(top_k_index, num_experts=self._catalog.num_experts)
         inbox: SimpleQueue[Delivery | Dispatched] = SimpleQueue()
         ready, plan = self._cache.begin(
             layer, experts, counts,
             step=context.step, request=context.request, inbox=inbox,  # type: ignore[arg-type] # a queue of more kinds
         )  # fmt: skip
-        rows = dict(zip(experts, counts, strict=True))
-        groups = _Groups(top_k_index, reference=self.config.reference)
-        self._send_off(layer, plan, rows=rows, hidden=hidden, groups=groups, inbox=inbox)
-        if plan.prefetch:
-            self._cache.prefetch(plan.prefetch, trace=context.trace, parent=context.step_row)
+        groups = Groups(top_k_index, reference=self.config.reference)
         outputs: dict[int, torch.Tensor] = {}
-        for held in ready:
-            outputs[held.expert] = self._expert(module, hidden, groups, held)
-        self._hit("hbm", len(ready))
-        missing = len(experts) - len(ready)
-        while missing:
-            arrival = self._wait(inbox, layer=layer)
-            if isinstance(arrival, Dispatched):
-                missing -= self._take(arrival, outputs, layer=layer, inbox=inbox)
-            elif isinstance(arrival, Lost):
-                raise TransportError(
-                    f"block {layer}.{arrival.expert} came from no source ({arrival.error})",
-                    remedy="check that the checkpoint's files are still readable",
+        try:
+            rows = dict(zip(experts, counts, strict=True))
+            self._send_off(layer, plan, rows=rows, hidden=hidden, groups=groups, inbox=inbox)
+            while ready:
+                held = ready.pop(0)
+                outputs[held.expert] = self._expert(module, hidden, groups, held)
+                self._hit("hbm", 1)
+            while len(outputs) < len(experts):
+                self._arrive(
+                    self._wait(inbox, layer=layer),
+                    module=module,
+                    hidden=hidden,
+                    groups=groups,
+                    outputs=outputs,
+                    inbox=inbox,
                 )
-            else:
-                outputs[arrival.expert] = self._expert(module, hidden, groups, arrival)
-                self._hit(self._tier(arrival.source), 1)
-                missing -= 1
+        except BaseException:
+            self._cache.abandon(inbox, ready)  # type: ignore[arg-type] # as above
+            raise
         result = combine(
             hidden, top_k_index, top_k_weights, outputs, reference=self.config.reference
         )
@@ -251,6 +253,41 @@ class TokenPath:
 
     # --- inside ---------------------------------------------------------------------------------
 
+    def _measure(self, context: Context, start_ns: int) -> None:
+        """Learn from the time since the layer before, and tell the policy when prefetches pay."""
+        if context.layer_start_ns:
+            self._link.observe(
+                layer_ns=start_ns - context.layer_start_ns,
+                stall_ns=context.stall_ns - context.layer_stall_ns,
+                fetches=context.fetches,
+            )
+        context.layer_start_ns = start_ns
+        context.layer_stall_ns = context.stall_ns
+        fetch_ns = self._directory.cheapest_ns(self._catalog.block_nbytes)
+        self._cache.steer(self._link.bar(fetch_ns=fetch_ns))
+
+    def _arrive(  # noqa: PLR0913 - one arrival of one layer
+        self,
+        arrival: Delivery | Dispatched,
+        *,
+        module: ExpertsModule,
+        hidden: torch.Tensor,
+        groups: Groups,
+        outputs: dict[int, torch.Tensor],
+        inbox: SimpleQueue[Any],
+    ) -> None:
+        """Use what has come: compute with weights, or take rows."""
+        if isinstance(arrival, Dispatched):
+            self._take(arrival, outputs, inbox=inbox)
+        elif isinstance(arrival, Lost):
+            raise TransportError(
+                f"block {arrival.layer}.{arrival.expert} came from no source ({arrival.error})",
+                remedy="check that the checkpoint's files are still readable",
+            )
+        else:
+            outputs[arrival.expert] = self._expert(module, hidden, groups, arrival)
+            self._hit(self._tier(arrival.source), 1)
+
     def _send_off(  # noqa: PLR0913 - one layer of one step
         self,
         layer: int,
@@ -258,7 +295,7 @@ class TokenPath:
         *,
         rows: dict[int, int],
         hidden: torch.Tensor,
-        groups: _Groups,
+        groups: Groups,
         inbox: SimpleQueue[Any],
     ) -> None:
         """Start what brings the missing experts' outputs: tokens out, or weights in."""
@@ -275,6 +312,9 @@ class TokenPath:
             self._cache.fetch(
                 layer, fetch, inbox=inbox, trace=context.trace, parent=context.step_row
             )
+        context.fetches = len(fetch)
+        if plan.prefetch:
+            self._cache.prefetch(plan.prefetch, trace=context.trace, parent=context.step_row)
         for store, experts in dispatch.items():
             parts = [(expert, hidden[groups.of(expert).tokens]) for expert in experts]
             self._senders.submit(self._dispatch, store, layer, parts, context, inbox)
@@ -338,17 +378,12 @@ class TokenPath:
             trace_lo=context.trace[1],
             nbytes=nbytes,
         )
-        inbox.put(Dispatched(store, outputs, row_id))
+        inbox.put(Dispatched(store, layer, outputs, row_id))
 
     def _take(
-        self,
-        arrival: Dispatched,
-        outputs: dict[int, torch.Tensor],
-        *,
-        layer: int,
-        inbox: SimpleQueue[Any],
-    ) -> int:
-        """Use a peer's answer; fetch what it no longer had. Returns how many experts are done."""
+        self, arrival: Dispatched, outputs: dict[int, torch.Tensor], *, inbox: SimpleQueue[Any]
+    ) -> None:
+        """Use a peer's answer; fetch what it no longer had."""
         gone = []
         for expert, rows in arrival.outputs.items():
             if rows is None:
@@ -359,9 +394,8 @@ class TokenPath:
         if gone:
             context = self.context
             self._cache.fetch(
-                layer, gone, inbox=inbox, trace=context.trace, parent=context.step_row
+                arrival.layer, gone, inbox=inbox, trace=context.trace, parent=context.step_row
             )
-        return len(arrival.outputs) - len(gone)
 
     def _wait(self, inbox: SimpleQueue[Any], *, layer: int) -> Any:
         try:
@@ -402,7 +436,7 @@ class TokenPath:
         )
 
     def _expert(
-        self, module: ExpertsModule, hidden: torch.Tensor, groups: _Groups, held: Held
+        self, module: ExpertsModule, hidden: torch.Tensor, groups: Groups, held: Held
     ) -> torch.Tensor:
         try:
             rows = hidden[groups.of(held.expert).tokens]
@@ -451,30 +485,3 @@ class TokenPath:
                 trace_hi=context.trace[0],
                 trace_lo=context.trace[1],
             )
-
-
-class _Groups:
-    """Rows of each expert in the reference's order, found once."""
-
-    def __init__(self, index: torch.Tensor, *, reference: Reference) -> None:
-        self._index = index
-        self._reference = reference
-        self._found: dict[int, Group] = {}
-
-    def of(self, expert: int) -> Group:
-        group = self._found.get(expert)
-        if group is None:
-            group = group_rows(self._index, expert, reference=self._reference)
-            self._found[expert] = group
-        return group
-
-
-def _count(index: torch.Tensor, *, num_experts: int) -> tuple[list[int], list[int]]:
-    """Distinct experts, ascending, and how many choices fell on each."""
-    if index.numel() <= _MOST_ROWS_IN_PYTHON:
-        counts = Counter(index.flatten().tolist())
-        experts = sorted(expert for expert in counts if expert < num_experts)
-        return experts, [counts[expert] for expert in experts]
-    found, sums = torch.unique(index, return_counts=True)
-    pairs = [(e, c) for e, c in zip(found.tolist(), sums.tolist(), strict=True) if e < num_experts]
-    return [e for e, _ in pairs], [c for _, c in pairs]

@@ -9,6 +9,7 @@ Must not know weights or where experts run: outputs of experts may come from any
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_MOST_CHOICES_IN_PYTHON = 64  # below it a loop beats torch.unique
 Reference = Literal["eager", "grouped_mm"]
 """The experts implementation of transformers whose bits are reproduced."""
 
@@ -29,7 +31,7 @@ class Group(NamedTuple):
 
 def experts_hit(index: torch.Tensor, *, num_experts: int) -> list[int]:
     """List the experts that any token chose, ascending. `index` is [n, K]."""
-    return [e for e in torch.unique(index).tolist() if e < num_experts]
+    return count_experts(index, num_experts=num_experts)[0]
 
 
 def group_rows(index: torch.Tensor, expert: int, *, reference: Reference = "eager") -> Group:
@@ -112,3 +114,32 @@ def combine(
     if reference == "eager":
         return combine_eager(hidden, index, weights, outputs)
     return combine_grouped(hidden, index, weights, outputs)
+
+
+class Groups:
+    """Rows of each expert in the reference's order, found once."""
+
+    def __init__(self, index: torch.Tensor, *, reference: Reference) -> None:
+        """`index` is [n, K]."""
+        self._index = index
+        self._reference = reference
+        self._found: dict[int, Group] = {}
+
+    def of(self, expert: int) -> Group:
+        """Tokens and positions of one expert's rows."""
+        group = self._found.get(expert)
+        if group is None:
+            group = group_rows(self._index, expert, reference=self._reference)
+            self._found[expert] = group
+        return group
+
+
+def count_experts(index: torch.Tensor, *, num_experts: int) -> tuple[list[int], list[int]]:
+    """Distinct experts, ascending, and how many choices fell on each."""
+    if index.numel() <= _MOST_CHOICES_IN_PYTHON:
+        counts = Counter(index.flatten().tolist())
+        experts = sorted(expert for expert in counts if expert < num_experts)
+        return experts, [counts[expert] for expert in experts]
+    found, sums = torch.unique(index, return_counts=True)
+    pairs = [(e, c) for e, c in zip(found.tolist(), sums.tolist(), strict=True) if e < num_experts]
+    return [e for e, _ in pairs], [c for _, c in pairs]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from hotset.blocks.checkpoint import Catalog
 
-WORK_BYTES = 48 << 20  # activations, KV cache, allocator slack of a worker beside its slots
+WORK_BYTES = 112 << 20  # activations, KV cache, allocator slack of a worker beside its slots
 PROMPT_TOKENS = 16
 
 

@@ -80,6 +80,20 @@ def order_sources(copies: Iterable[Copy], link_cost_ns: Mapping[str, int]) -> li
     )
 
 
+def prefetch_bar(*, fetch_ns: int, ahead_ns: int, busy_ratio: float) -> float:
+    """Least chance of use, 0..1, at which a prefetch is worth its place on the link.
+
+    With chance p it hides min(`fetch_ns`, `ahead_ns`) of a fetch, `ahead_ns` being the time until
+    its layer comes; with chance 1 - p it was in vain and holds up a demand fetch for `fetch_ns`,
+    if one comes meanwhile, which happens with `busy_ratio` (share of the time in which demand
+    fetches occupy the link). On an idle link every guess is free; on a link that is the bottleneck
+    nearly certain ones pay.
+    """
+    vain = busy_ratio * fetch_ns
+    hidden = min(fetch_ns, ahead_ns)
+    return vain / (vain + hidden) if vain + hidden > 0 else 0.0
+
+
 class LinkCost:
     """Expected time of a read over one link: latency + bytes x ns per byte, from samples.
 

@@ -89,6 +89,10 @@ class ResidencyPolicy(Protocol):
         """Return the copy to drop so that `want_bytes` may fit; None: nothing to drop."""
         ...
 
+    def steer(self, least_chance: float) -> None:
+        """From now on a prefetch must have at least this chance of use, 0..1."""
+        ...
+
     def room(self, want_bytes: int) -> bool:
         """Whether the bytes fit without an eviction."""
         ...
@@ -195,6 +199,9 @@ class LruResidency(DeviceTable):
     def _value(self, flat: int) -> float:
         return self._used_at[flat] or 0.5
 
+    def steer(self, least_chance: float) -> None:
+        """Nothing is prefetched."""
+
     def forget(self, request: int) -> None:
         """Nothing is kept by request."""
 
@@ -260,6 +267,11 @@ class DeviceResidency(DeviceTable):
         self._fade = 1.0 - 2.0 ** (-1.0 / self.config.half_life_steps)
         self._touched_ratio = 0.0
         self._paths: dict[int, list[Visit]] = {}
+        self._least_chance = self.config.prefetch_min_probability
+
+    def steer(self, least_chance: float) -> None:
+        """See `ResidencyPolicy`; the configured minimum stays the lower bound."""
+        self._least_chance = max(least_chance, self.config.prefetch_min_probability)
 
     @property
     def predicting(self) -> bool:
@@ -328,7 +340,7 @@ class DeviceResidency(DeviceTable):
         uses_each = self._weight / self._fade  # aged uses of a block that every pass needs
         chance = self.predictor.predict(row, distance=distance, experts=now, scale=0.5 * uses_each)
         chance += use * _HALF
-        bar = config.prefetch_min_probability * uses_each
+        bar = self._least_chance * uses_each
         if self.used_bytes + self.full_nbytes > self.capacity_bytes:
             bar = max(bar, float(self._rank.min()) * config.prefetch_gain)
         # What is expected next must not be the next victim, be it here or on its way.

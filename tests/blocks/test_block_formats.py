@@ -58,7 +58,7 @@ def test_codes_are_stable() -> None:
     assert {name.value: c.code for name, c in CODECS.items()} == {"bf16": 1, "int8": 3}
     assert {code: c.name for code, c in CODECS_BY_CODE.items()} == {
         1: Format.BF16,
-        2: Format.INT8,
+        3: Format.INT8,
     }
 
 
