@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 
 import msgspec
 import ray
 
+from hotset.actors import names
 from hotset.actors.control import ControlCore, ControlSpec
 from hotset.actors.messages import Heartbeat, Join, decode, encode
+from hotset.actors.metrics import make_metric
 from hotset.policies.types import BlockId
+
+PUBLISH_S = 1.0
 
 
 class Controller:
@@ -18,6 +23,10 @@ class Controller:
     def __init__(self, spec: bytes) -> None:
         """Recover the run's state from its journal, if there is one."""
         self._core = ControlCore(msgspec.msgpack.decode(spec, type=ControlSpec))
+        shown = (names.EPOCH_NUMBER, names.EPOCH_AGE, names.BLOCKS, names.VETOES)
+        self._metrics = {metric.name: make_metric(metric) for metric in shown}
+        self._vetoes: dict[str, int] = {}
+        self._publish_at = 0.0
 
     def __repr__(self) -> str:
         """What the Ray dashboard shows beside each log line."""
@@ -36,7 +45,9 @@ class Controller:
 
     def heartbeat(self, message: bytes) -> bytes:
         """Events in; lease, news and commands out."""
-        return encode(self._core.heartbeat(decode(message, Heartbeat)))
+        reply = encode(self._core.heartbeat(decode(message, Heartbeat)))
+        self._publish()
+        return reply
 
     def drain(self, name: str) -> bool:
         """Ask a store to leave; False when there is no such store."""
@@ -66,3 +77,20 @@ class Controller:
     def close(self) -> None:
         """Write the journal out."""
         self._core.close()
+
+    def _publish(self) -> None:
+        """Set the gauges that only the controller knows, once a second."""
+        now = time.monotonic()
+        if now < self._publish_at:
+            return
+        self._publish_at = now + PUBLISH_S
+        status = self._core.status()
+        self._metrics[names.EPOCH_NUMBER.name].set(status["epoch"])
+        self._metrics[names.EPOCH_AGE.name].set(status["epoch_age_ns"] / 1e9)
+        for state, count in status["states"].items():
+            self._metrics[names.BLOCKS.name].set(count, tags={"state": state})
+        for reason, count in status["vetoes"].items():
+            fresh = count - self._vetoes.get(reason, 0)
+            if fresh:
+                self._metrics[names.VETOES.name].inc(fresh, tags={"reason": reason})
+                self._vetoes[reason] = count

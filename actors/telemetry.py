@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from ray.util import metrics as ray_metrics
 
 from hotset.actors import names
 from hotset.actors.batches import Aggregate, aggregate
 from hotset.actors.messages import Rows, decode
+from hotset.actors.metrics import make_metric
 from hotset.actors.spans import SpanWriter
 
 PUBLISH_S = 1.0
@@ -58,7 +57,7 @@ class Telemetry:
         self._totals = Totals()
         self._pending: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._gauges: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self._metrics = {metric.name: _make(metric) for metric in names.METRICS}
+        self._metrics = {metric.name: make_metric(metric) for metric in names.METRICS}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._publish_loop, daemon=True)
@@ -91,14 +90,6 @@ class Telemetry:
             self._totals.spans = self._writer.written
             self._totals.dropped = self._writer.dropped
             return msgspec.msgpack.encode(self._totals)
-
-    def cluster(self, epoch: int, epoch_age_ns: int, states: dict[str, int]) -> None:
-        """Gauges that only the controller knows; the front passes them on."""
-        with self._lock:
-            self._gauges[names.EPOCH_NUMBER.name, ()] = epoch
-            self._gauges[names.EPOCH_AGE.name, ()] = epoch_age_ns / 1e9
-            for state, count in states.items():
-                self._gauges[names.BLOCKS.name, (("state", state),)] = count
 
     def close(self) -> str:
         """Write everything out; returns the trace file's path."""
@@ -162,11 +153,6 @@ class Telemetry:
 
 def _key(metric: names.Metric, labels: dict[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
     return metric.name, tuple(sorted(labels.items()))
-
-
-def _make(metric: names.Metric) -> Any:
-    kind = ray_metrics.Counter if metric.kind == "counter" else ray_metrics.Gauge
-    return kind(metric.name, description=metric.meaning, tag_keys=metric.labels)
 
 
 __all__ = ["Telemetry", "TelemetrySpec", "Totals"]
