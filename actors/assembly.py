@@ -197,6 +197,7 @@ class Assembly:
             batch=batch,
             resident_bytes=self.slab.used_bytes,
             capacity_bytes=self.slab.capacity_bytes,
+            quarantined_bytes=self.engine.quarantined_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             pid=os.getpid(),
         )

@@ -150,6 +150,7 @@ class Rows(Message, frozen=True, kw_only=True):
     batch: RowBatch
     resident_bytes: int
     capacity_bytes: int
+    quarantined_bytes: int
     peak_rss_bytes: int
     pid: int
 

@@ -131,6 +131,8 @@ class Telemetry:
         labels = {"store": store, "tier": tier}
         self._gauges[_key(names.RESIDENT_BYTES, labels)] = rows.resident_bytes
         self._gauges[_key(names.CAPACITY_BYTES, labels)] = rows.capacity_bytes
+        quarantined = _key(names.QUARANTINED_BYTES, {"store": store})
+        self._gauges[quarantined] = rows.quarantined_bytes
 
     def _count(self, metric: names.Metric, value: float, labels: dict[str, str]) -> None:
         if value:
