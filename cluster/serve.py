@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from hotset.errors import ClusterError, ConfigError, DependencyError, HotsetErro
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from hotset.cluster.config import RunConfig
     from hotset.cluster.launch import Deployment
@@ -107,6 +109,19 @@ def on_cluster(
         yield None
     finally:
         ray.shutdown()
+
+
+def merge_traces(run_dir: Path) -> Path:
+    """Put the nodes' trace files behind each other in one, `trace.jsonl`; returns its path.
+
+    On nodes that do not share the run's folder the files stay where they are.
+    """
+    path = run_dir / "trace.jsonl"
+    with path.open("wb") as merged:
+        for part in sorted(run_dir.glob("trace-*.jsonl")):
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, merged)
+    return path
 
 
 def load_tokenizer(model: str) -> Any:
@@ -257,7 +272,7 @@ def _report(  # noqa: PLR0913 - the parts of one run
         hits=totals.hits,
         bytes_by_link=totals.bytes_by_link,
         peak_rss_bytes=totals.peak_rss_bytes,
-        trace=str(deployment.run_dir),
+        trace=str(merge_traces(deployment.run_dir)),
         reference=f"transformers, {deployment.config.reference} experts",
         reference_tokens_per_s=None if reference is None else reference.tokens_per_s,
         emulated=list(deployment.emulated),
