@@ -48,6 +48,11 @@ def connect(address: str, *, run: str | None) -> Iterator[Any]:
         names = [name for name in list_named_actors() if name.endswith("-controller")]
         runs = [name.removeprefix("hotset-").removesuffix("-controller") for name in names]
         yield ray.get_actor(controller_name(_one(runs, run)), namespace=NAMESPACE)
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"the controller does not answer ({type(error).__name__})",
+            remedy="Ray restarts it; try again in a few seconds",
+        ) from None
     finally:
         ray.shutdown()
 
