@@ -4,7 +4,7 @@ Decides how rows are spelled and nothing else: options come from the command lin
 declarations, names from `hotset.actors.names`. A table stands between `<!-- table: NAME -->` and
 `<!-- end table -->`; text outside such a pair is never touched.
 
-    .venv/bin/python docs/generate_tables.py
+    .venv/bin/python -m docs.generate_tables
 """
 
 from __future__ import annotations

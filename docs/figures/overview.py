@@ -3,7 +3,7 @@
 Plain text out, no dependency. Colours come from two sets, chosen by the reader's light or dark
 setting; nothing depends on colour alone.
 
-    .venv/bin/python docs/figures/overview.py
+    .venv/bin/python -m docs.figures.overview
 """
 
 from __future__ import annotations
