@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hotset.policies.types import Command
+
+MOST_QUARANTINED = 64  # abandoned transfers of one store; over it the process restarts
 
 
 class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +105,7 @@ class Assembly:
             storage=StorageReader(),
             describe=Catalog.describe,
             link=spec.link,
+            max_quarantined=MOST_QUARANTINED,
         )
         self.engine.start()
         self.directory = Directory(owner=spec.name)
@@ -145,7 +149,7 @@ class Assembly:
                 events=events,
                 drained=drained,
                 fenced=_end_process,
-                beat=self.ship,
+                beat=self._beat,
             ),
         )
         self.membership.start()
@@ -154,6 +158,13 @@ class Assembly:
     def may_serve(self) -> bool:
         """Whether this incarnation holds its lease."""
         return self.membership is not None and self.membership.lease.valid
+
+    def _beat(self) -> None:
+        if self.engine.quarantined >= MOST_QUARANTINED:
+            # Abandoned transfers hold too many slots, and only a new process can let go of them.
+            print(f"{self.spec.name}: quarantine is full, restarting", file=sys.stderr, flush=True)
+            _end_process()
+        self.ship()
 
     def ship(self) -> None:
         """Send new rows and counters to the node's telemetry actor; never waits."""

@@ -213,7 +213,7 @@ class ControlCore:
                     "state": "draining" if member.draining else "ready",
                     "in_flight": int(member.gauges.get("in_flight", 0)),
                     "quarantined_bytes": int(member.gauges.get("quarantined_bytes", 0)),
-                    "emulated": "yes" if self.spec.emulated else "",
+                    "emulated": self._emulated(member.store.tier),
                 }
                 for name, member in sorted(self._members.items())
             ],
@@ -301,6 +301,11 @@ class ControlCore:
             commands=[pack(command) for command in commands],
             draining=member.draining,
         )
+
+    def _emulated(self, tier: Tier) -> str:
+        """What is emulated of a tier: the text behind its name in the spec."""
+        said = (text.partition(": ") for text in self.spec.emulated)
+        return next((what for name, _, what in said if name == tier.name.lower()), "")
 
     def _present(self) -> tuple[Member, ...]:
         return tuple(Member(store=m.store, peer=m.peer) for m in self._members.values())

@@ -27,7 +27,7 @@ CALL_S = 10.0
 @contextlib.contextmanager
 def connect(address: str, *, run: str | None) -> Iterator[Any]:
     """The controller of a run on a Ray cluster. Raises ClusterError when it cannot be found."""
-    from hotset.cluster.local import quiet_environment
+    from hotset.cluster.local import quiet_environment, require_cluster
 
     quiet_environment()
     import ray
@@ -35,6 +35,7 @@ def connect(address: str, *, run: str | None) -> Iterator[Any]:
 
     from hotset.actors.membership import NAMESPACE, controller_name
 
+    require_cluster(address)
     try:
         ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 from hotset.errors import ClusterError
@@ -15,7 +16,9 @@ from hotset.errors import ClusterError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+LOOPBACK = "127.0.0.1"  # an embedded cluster is nobody else's
 OBJECT_STORE_BYTES = 80 << 20  # tokens and control messages only; blocks never go through it
+CONNECT_S = 3.0
 
 # Dead nodes are seen in half a second instead of 14 s; the keys are checked by Ray at start.
 SYSTEM_CONFIG = {
@@ -58,6 +61,7 @@ class LocalCluster:
     def add_node(self, name: str, *, resources: dict[str, float]) -> None:
         """Start one more raylet, labelled with `name`; it has room for our actors only."""
         self.nodes[name] = self._cluster.add_node(
+            node_ip_address=LOOPBACK,
             num_cpus=2,
             num_gpus=0,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -94,6 +98,7 @@ def local_cluster(
         cluster = Cluster(
             initialize_head=True,
             head_node_args={
+                "node_ip_address": LOOPBACK,
                 "num_cpus": 2,
                 "num_gpus": 0,
                 "object_store_memory": OBJECT_STORE_BYTES,
@@ -120,3 +125,25 @@ def local_cluster(
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def require_cluster(address: str) -> None:
+    """Raise ClusterError unless something listens at `address`; Ray alone would wait for minutes.
+
+    `auto` is the cluster that this machine's last `ray start` or `ray.init` left a note of.
+    """
+    from ray._private import services, utils  # Ray has no public way to ask without waiting
+
+    found: str | None = address
+    if address in {"auto", "local"}:
+        found = os.environ.get("RAY_ADDRESS") or utils.read_ray_address()
+        found = found or next(iter(services.find_gcs_addresses()), None)
+    host, _, port = (found or "").removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_S):
+            return
+    except (OSError, ValueError):
+        raise ClusterError(
+            f"no Ray cluster answers at {address}{f' ({found})' if found != address else ''}",
+            remedy="start one with `ray start --head`, or name a running one with --address",
+        ) from None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hotset.cluster.front import Front, Served
-from hotset.cluster.local import local_cluster, quiet_environment
+from hotset.cluster.local import local_cluster, quiet_environment, require_cluster
 from hotset.errors import ClusterError, ConfigError, DependencyError, HotsetError
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def on_cluster(
         return
     import ray
 
+    require_cluster(address)
     try:
         ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -80,6 +80,10 @@ _STATE_WORDS = {
 }
 
 
+_NODE_DIGITS = 8  # of an id of 56; enough to tell nodes apart
+_INCARNATION_DIGITS = 6  # of a birth time in ns; enough to see that a store was reborn
+
+
 def render(status: Status, *, width: int = 80) -> str:
     """Plain-text tables, no colour, at most `width` columns where names allow."""
     lines: list[str] = []
@@ -134,8 +138,8 @@ def _store(one: StoreStatus) -> tuple[str, ...]:
     return (
         one.name,
         one.tier,
-        one.node,
-        str(one.incarnation),
+        one.node[:_NODE_DIGITS],
+        str(one.incarnation)[-_INCARNATION_DIGITS:],
         plain.human_bytes(one.resident_bytes),
         plain.human_bytes(one.capacity_bytes),
         plain.human_ratio(one.resident_bytes / one.capacity_bytes if one.capacity_bytes else None),

@@ -125,6 +125,8 @@ class ClusterBrain(ClusterLedger):
             puts += placement.fill_worker(self._view(), book)
         puts += placement.cover(self._view(), reason=Reason.WARM)
         self._plan(puts, cause=cause, reason=Reason.JOINED)
+        if info.tier is Tier.HOST and not again:
+            self._plan(placement.fill_host(self._view()), cause=cause, reason=Reason.JOINED)
         self._out.append(WakeAt(at_ns=self._now_ns + self.config.tick_ns))
 
     def _lost(self, event: StoreLost) -> None:

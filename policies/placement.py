@@ -130,6 +130,23 @@ def cover(view: View, *, reason: Reason) -> list[Put]:
     return puts
 
 
+def fill_host(view: View) -> list[Put]:
+    """Use free host memory for blocks that only slower tiers hold, hottest first.
+
+    For a host pool that joined after the CXL pool had taken the blocks.
+    """
+    room = _Room(view, view.stays(Tier.HOST))
+    order = view.hot_order()
+    puts: list[Put] = []
+    for flat in order[view.copies(Tier.HOST)[order] == 0]:
+        if room.most() < view.sizes.smallest:
+            break
+        book = room.take(int(flat))
+        if book:
+            puts.append(Put(book, int(flat), Format.BF16, Reason.STAGE))
+    return puts
+
+
 def fill_worker(view: View, book: StoreBook) -> list[Put]:
     """Fill a worker that joined: hottest first, each other worker's copy halving the worth.
 

@@ -72,6 +72,16 @@ def test_pools_hold_the_checkpoint_between_them_and_workers_differ() -> None:
     assert model.brain.settled()
 
 
+def test_host_memory_that_joins_last_is_filled_from_the_pool_below() -> None:
+    model = ClusterModel.of(layers=4, experts=8)
+    model.join("c0", Tier.CXL, slots=40)
+    model.settle()
+    model.join("h0", Tier.HOST, slots=12)
+    model.settle()
+    assert len(model.held("h0")) == 12
+    assert len(model.held("c0")) == 32
+
+
 def test_every_transfer_ends_at_storage_and_prefers_near_sources() -> None:
     model = ClusterModel.of()
     model.join("h0", Tier.HOST, slots=4)
