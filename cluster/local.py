@@ -16,7 +16,6 @@ from hotset.errors import ClusterError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-LOOPBACK = "127.0.0.1"  # an embedded cluster is nobody else's
 OBJECT_STORE_BYTES = 80 << 20  # tokens and control messages only; blocks never go through it
 CONNECT_S = 3.0
 
@@ -49,6 +48,19 @@ def quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def _stay_on_loopback() -> None:
+    """Bind an embedded cluster to 127.0.0.1: it has no authentication and is nobody else's.
+
+    Ray replaces 127.0.0.1 in any address by the host's own, except where it takes clusters for
+    unsupported (its default on macOS); this asks for that. The variable is for the processes that
+    Ray starts, the constant for this one, where Ray may have been imported before.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
 class LocalCluster:
     """Nodes of the embedded cluster."""
 
@@ -61,7 +73,6 @@ class LocalCluster:
     def add_node(self, name: str, *, resources: dict[str, float]) -> None:
         """Start one more raylet, labelled with `name`; it has room for our actors only."""
         self.nodes[name] = self._cluster.add_node(
-            node_ip_address=LOOPBACK,
             num_cpus=2,
             num_gpus=0,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -89,6 +100,8 @@ def local_cluster(
     import ray
     from ray.cluster_utils import Cluster
 
+    _stay_on_loopback()
+
     if ray.is_initialized():
         raise ClusterError("this process is connected to Ray", remedy="use that cluster's address")
     say(f"starting a local cluster of {len(nodes) + 1} nodes")
@@ -98,7 +111,6 @@ def local_cluster(
         cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "node_ip_address": LOOPBACK,
                 "num_cpus": 2,
                 "num_gpus": 0,
                 "object_store_memory": OBJECT_STORE_BYTES,
