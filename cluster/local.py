@@ -59,6 +59,7 @@ def _stay_on_loopback() -> None:
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ.setdefault("UCX_NET_DEVICES", "lo")  # NIXL's listeners likewise
 
 
 class LocalCluster:
