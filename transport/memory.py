@@ -7,6 +7,8 @@ no transfer pays for page faults. The host path never imports torch, except in `
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 HUGE_PAGE_BYTES: Final = 2 << 20
+_F_SEAL_FUTURE_WRITE: Final = 0x10  # not in Python's fcntl
+_SEALS: Final = (
+    fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL,
+    _F_SEAL_FUTURE_WRITE,  # before Linux 5.1 there is none
+)
 
 
 class Memory(ABC):
@@ -48,13 +55,17 @@ class Memory(ABC):
 
 
 class HostMemory(Memory):
-    """An anonymous file in memory (memfd), mapped shared, rounded up to 2 MiB and prefaulted."""
+    """An anonymous file in memory (memfd), mapped shared, rounded up to 2 MiB and prefaulted.
+
+    It is sealed: its size never changes, so a peer on this host that maps it cannot be hit by
+    SIGBUS, and no mapping made later can write to it.
+    """
 
     def __init__(self, nbytes: int, *, name: str) -> None:
         """Reserve the pages now. Raises ConfigError when the machine has not enough memory."""
         self.device = "cpu"
         self.nbytes = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        self.fd = os.memfd_create(f"hotset-{name}"[:200], os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(f"hotset-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(self.fd, 0, self.nbytes)  # fails here instead of by SIGBUS later
             self._map = mmap.mmap(
@@ -69,6 +80,9 @@ class HostMemory(Memory):
                 f"cannot reserve {self.nbytes >> 20} MiB for store {name!r} ({error.strerror})",
                 remedy="lower the store's budget or free memory on this node",
             ) from error
+        for seals in reversed(_SEALS):  # SEAL_SEAL last: it forbids further ones
+            with contextlib.suppress(OSError):  # readers ask for the seals that they need
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
         self._view = memoryview(self._map)
         self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
         self._tensor: torch.Tensor | None = None

@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from hotset.transport.base import Expect, PeerInfo, ReadItem
 from hotset.transport.engine import Engine
 from hotset.transport.header import checksum
 from hotset.transport.nixl import NixlBackend
+from hotset.transport.node import NodeBackend
 from hotset.transport.records import Ring
+from hotset.transport.shm import ShmBackend
 from hotset.transport.slab import Slab, Slot
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT_S = 60.0
 FORMAT = 7
+BACKENDS = {"nixl": NixlBackend, "shm": ShmBackend, "node": NodeBackend}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +111,7 @@ def build(
 
 def _serve(pipe: Connection, config: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    store = build(backend=NixlBackend(), **config)
+    store = build(backend=BACKENDS[config.pop("backend", "nixl")](), **config)
     pipe.send((store.engine.info(), store.copies))
     while True:
         order, argument = pipe.recv()
@@ -186,6 +190,18 @@ class PeerProcess:
     def freeze(self) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGSTOP)
+        end = time.monotonic() + CALL_TIMEOUT_S
+        while not self._is_stopped():  # a running thread stops when it next leaves the kernel
+            if time.monotonic() > end:
+                raise TimeoutError("the peer process does not stop")
+            os.sched_yield()
+
+    def _is_stopped(self) -> bool:
+        states = [
+            stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            for stat in Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        ]
+        return set(states) == {"T"}
 
     def thaw(self) -> None:
         assert self.process.pid is not None

@@ -1,4 +1,4 @@
-"""What every backend must do, seen through the engine: one suite, over loopback and NIXL."""
+"""What every backend must do, seen through the engine: one suite, over each of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from hotset.transport.base import Outcome
 
 
-@pytest.fixture(scope="module", params=["loopback", pytest.param("nixl", marks=pytest.mark.nixl)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "loopback",
+        "shm",
+        pytest.param("nixl", marks=pytest.mark.nixl),
+        pytest.param("node", marks=pytest.mark.nixl),
+    ],
+)
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     made = World(request.param)
     yield made

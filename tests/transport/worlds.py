@@ -1,4 +1,4 @@
-"""Two stores that read each other, over loopback or over NIXL between processes."""
+"""Two stores that read each other, over loopback, or between processes over any backend."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from hotset.transport.loopback import LoopbackBackend, LoopbackNetwork
-from hotset.transport.nixl import NixlBackend
-from tests.transport.peer import PeerProcess, Source, Store, _obey, build
+from tests.transport.peer import BACKENDS, PeerProcess, Source, Store, _obey, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,15 +44,15 @@ class World:
         shape: dict[str, Any] = {"blocks": BLOCKS, "nbytes": NBYTES, "room": 4}
         self.peer: PeerProcess | None = None
         self._source: Store | None = None
-        if kind == "nixl":
-            self.peer = PeerProcess(name="source", incarnation=5, **shape)
+        if kind in BACKENDS:
+            self.peer = PeerProcess(name="source", incarnation=5, backend=kind, **shape)
             self.info: PeerInfo = self.peer.info
             self.copies: list[Source] = self.peer.copies
         else:
             backend = LoopbackBackend(self.network)
             self._source = build(name="source", incarnation=5, backend=backend, **shape)
             self.info, self.copies = self._source.engine.info(), self._source.copies
-        backend_here = NixlBackend() if kind == "nixl" else LoopbackBackend(self.network)
+        backend_here = BACKENDS[kind]() if kind in BACKENDS else LoopbackBackend(self.network)
         self.sink = build(
             name="sink", incarnation=9, backend=backend_here, blocks=4, nbytes=NBYTES, room=40,
             describe=lambda key: (3, key[0]),
