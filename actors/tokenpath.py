@@ -169,11 +169,13 @@ class TokenPath:
     def end_step(self) -> None:
         """A forward pass has ended."""
         context = self.context
+        end_ns = time.time_ns()
+        self._link.step(step_ns=end_ns - context.step_start_ns, tokens=context.tokens)
         self._ring.append(
             Kind.STEP,
             index=context.tokens,
             start_ns=context.step_start_ns,
-            end_ns=time.time_ns(),
+            end_ns=end_ns,
             row_id=context.step_row,
             trace_hi=context.trace[0],
             trace_lo=context.trace[1],
