@@ -100,6 +100,7 @@ def _child() -> None:
         limits.join(job["group"])
     kind = job["kind"]
     model = _full(job["model"]) if kind == "full" else _mapped(job["model"], job["mapped"])
+    generate(model, job["prompt"], max_new_tokens=job["max_new_tokens"])  # warm, as hotset is
     times: list[float] = []
     stream = TokenStream(lambda _tokens: times.append(time.perf_counter()))
     tokens = generate(model, job["prompt"], max_new_tokens=job["max_new_tokens"], stream=stream)

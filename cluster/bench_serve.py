@@ -210,6 +210,7 @@ def _run_hotset(kind: str, job: _Job, row: Contender, *, group: str) -> None:
         try:
             deployment.start()
             deployment.wait_settled()
+            Front(deployment).generate(job.prompt, max_new_tokens=job.tokens)  # as every contender
             before = deployment.totals()
             served = Front(deployment).generate(job.prompt, max_new_tokens=job.tokens)
             after = deployment.totals()
