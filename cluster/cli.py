@@ -22,12 +22,19 @@ class HotsetGroup(click.Group):
     """A group that turns our errors into one line on stderr."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; HotsetError becomes its text and exit code."""
+        """Run a command; HotsetError becomes its text and exit code, wrong usage one line and 2."""
         try:
             return super().invoke(ctx)
         except HotsetError as error:
             click.echo(f"hotset: {error}", err=True)
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            click.echo(f"hotset: {_one_line(error.format_message())}", err=True)
+            ctx.exit(2)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _say(text: str) -> None:
@@ -77,7 +84,7 @@ _CLUSTER_OPTIONS = (
     click.option("--move", default="auto", show_default=True,
                  help="auto, weights (always fetch) or tokens (always dispatch)"),
     click.option("--transport", default="nixl", show_default=True,
-                 help="nixl, or storage (no peers)"),
+                 help="nixl, auto (shared memory on one host, else nixl), or storage (no peers)"),
     click.option("--reduced-ratio", type=float, default=0.0, show_default=True,
                  help="share of a worker's memory offered to int8 copies"),
     click.option("--default-floor", default="bf16", show_default=True,
@@ -85,6 +92,8 @@ _CLUSTER_OPTIONS = (
     click.option("--floor", "floors", multiple=True, callback=_floors, metavar="LAYER:FORMAT",
                  help="precision floor of one layer; may be given several times"),
     click.option("--device", default="cpu", show_default=True, help="torch device of workers"),
+    click.option("--dashboard-port", type=click.IntRange(1, 65535),
+                 help="show Ray's dashboard of a local cluster on this port"),
     click.option("--run-dir", type=click.Path(path_type=Path), help="where trace and journal go"),
     click.option("--address", envvar="RAY_ADDRESS",
                  help="Ray cluster to use; without it a local one is started"),
@@ -268,7 +277,7 @@ def bench() -> None:
 @click.option("--tokens", type=int, default=16, show_default=True)
 @click.option("--threads", type=int, default=2, show_default=True)
 @click.option("--repeat", type=int, default=1, show_default=True)
-@click.option("--peers", default="full,mmap,storage,host", show_default=True)
+@click.option("--peers", default="full,mmap,storage,host,host-shm", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def bench_serve(**options: Any) -> None:
     """Tokens a second: full memory (bound), memory-mapped peer, storage only, host pool."""

@@ -47,11 +47,12 @@ class RunConfig(BaseModel):
     reference: Literal["eager", "grouped_mm"] = "eager"
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
-    transport: Literal["nixl", "storage"] = "nixl"
+    transport: Literal["nixl", "auto", "storage"] = "nixl"
     reduced_ratio: float = Field(default=0.0, ge=0, le=1)
     floors: dict[int, Literal["bf16", "int8"]] = Field(default_factory=dict)
     default_floor: Literal["bf16", "int8"] = "bf16"
     device: str = "cpu"
+    dashboard_port: int | None = Field(default=None, ge=1, le=65535)
     run_dir: Path | None = None
     mode: Literal["active", "advisory"] = "active"
 

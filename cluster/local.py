@@ -11,7 +11,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from hotset.errors import ClusterError
+from hotset.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,13 +90,15 @@ class LocalCluster:
 def local_cluster(
     nodes: dict[str, dict[str, float]],
     *,
-    dashboard: bool = False,
+    dashboard_port: int | None = None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Iterator[LocalCluster]:
     """Start head and nodes, connect this process, and stop all of it at the end.
 
-    `nodes` maps names to custom resources. Raises ClusterError when Ray cannot start.
+    `nodes` maps names to custom resources. With a `dashboard_port` the dashboard runs as well.
+    Raises ClusterError when Ray cannot start, ConfigError when the port is taken.
     """
+    _require_free(dashboard_port)
     quiet_environment()
     import ray
     from ray.cluster_utils import Cluster
@@ -115,7 +117,8 @@ def local_cluster(
                 "num_cpus": 2,
                 "num_gpus": 0,
                 "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": dashboard,
+                "include_dashboard": dashboard_port is not None,
+                "dashboard_port": dashboard_port,
                 "resources": {"hotset_node_head": 100},
                 "labels": {"hotset.io/node": "head"},
                 "_system_config": SYSTEM_CONFIG,
@@ -138,6 +141,19 @@ def local_cluster(
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _require_free(port: int | None) -> None:
+    if port is None:
+        return
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return
+    except OSError as error:
+        raise ConfigError(
+            f"port {port} cannot be used for the dashboard ({error.strerror})",
+            remedy="choose another with --dashboard-port, or end what listens there",
+        ) from None
 
 
 def require_cluster(address: str) -> None:

@@ -56,7 +56,9 @@ def run_generate(
     tokenizer = load_tokenizer(str(config.model))
     prompts = [encode_prompt(tokenizer, text) for text in options.prompts]
     say(_describe(deployment))
-    with on_cluster(options.address, plan_nodes(config), say=say):
+    with on_cluster(
+        options.address, plan_nodes(config), dashboard_port=config.dashboard_port, say=say
+    ):
         try:
             deployment.start()
             say("filling the pools")
@@ -89,11 +91,15 @@ def new_run_id() -> str:
 
 @contextlib.contextmanager
 def on_cluster(
-    address: str | None, nodes: dict[str, dict[str, float]], *, say: Callable[[str], None]
+    address: str | None,
+    nodes: dict[str, dict[str, float]],
+    *,
+    dashboard_port: int | None = None,
+    say: Callable[[str], None],
 ) -> Iterator[Any]:
     """A connected driver: to `address`, or to an embedded cluster with these nodes."""
     if address is None:
-        with local_cluster(nodes, say=say) as cluster:
+        with local_cluster(nodes, dashboard_port=dashboard_port, say=say) as cluster:
             yield cluster
         return
     import ray
@@ -129,13 +135,18 @@ def load_tokenizer(model: str) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer
 
+    reason = "its files are missing"
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - transformers raises many kinds for a bad folder
-        raise ConfigError(
-            f"{model} has no tokenizer that loads ({type(error).__name__})",
-            remedy="copy the model's tokenizer files into its folder",
-        ) from None
+        reason = type(error).__name__
+    else:
+        if tokenizer("a")["input_ids"]:  # without files some kinds load, and know no token
+            return tokenizer
+    raise ConfigError(
+        f"{model} has no tokenizer that loads ({reason})",
+        remedy="copy the model's tokenizer files into its folder",
+    )
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
@@ -147,7 +158,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def _require_transport(config: RunConfig) -> None:
-    if config.transport != "nixl":
+    if config.transport == "storage":
         return
     try:
         from hotset.transport.nixl import NixlBackend
