@@ -223,8 +223,12 @@ class Assembly:
 
 
 def _backend(spec: StoreSpec) -> Any:
-    if spec.transport != "nixl":
-        return None  # storage only
+    if spec.transport == "storage":
+        return None
+    if spec.transport == "auto":
+        from hotset.transport.node import NodeBackend
+
+        return NodeBackend()
     from hotset.transport.nixl import NixlBackend
 
     return NixlBackend()

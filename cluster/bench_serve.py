@@ -3,7 +3,8 @@
 Contenders, all greedy at batch 1, all with the same tokens or the row says so:
 `full` transformers with everything in memory (the bound); `mmap` memory-mapped transformers under
 the limit; `storage` hotset under the same limit with nothing but the checkpoint's files; `host`
-hotset under the same limit with the rest of the experts in a host pool (another process).
+hotset under the same limit with the rest of the experts in a host pool, another process, read
+over NIXL; `host-shm` the same, read through shared memory.
 The limit is a memory cgroup around the process that computes, joined after its imports; it counts
 page cache too.
 """
@@ -198,11 +199,11 @@ def _run_hotset(kind: str, job: _Job, row: Contender, *, group: str) -> None:
         model=job.model,
         workers=1,
         hbm_bytes=job.limit_bytes - job.catalog.dense_bytes - WORK_BYTES,
-        host_pools=1 if kind == "host" else 0,
+        host_pools=0 if kind == "storage" else 1,
         host_ratio=1.0,
         cxl_pools=0,
         threads=job.threads,
-        transport="nixl" if kind == "host" else "storage",
+        transport={"host": "nixl", "host-shm": "auto"}.get(kind, "storage"),
         run_dir=_bench_dir() / "runs" / new_run_id(),
     )
     deployment = prepare(config, run=new_run_id(), say=lambda _text: None)
@@ -232,6 +233,7 @@ _RUNNERS: dict[str, Callable[[_Job, Contender], None]] = {
     "mmap": _peer("mmap"),
     "storage": _hotset("storage"),
     "host": _hotset("host"),
+    "host-shm": _hotset("host-shm"),
 }
 
 
