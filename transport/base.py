@@ -185,6 +185,10 @@ class Backend(ABC):
     error_grace_ns: int = 0
     """How long after an ERROR the slots of a post are kept from reuse."""
 
+    def copies_in_call(self, peer: str) -> bool:  # noqa: ARG002 - most backends copy on their own
+        """Whether every post to `peer` is DONE when it returns."""
+        return False
+
     @abstractmethod
     def register(self, slab: Slab) -> None:
         """Register the store's slab, once, before `info`; it is never deregistered."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hotset.transport.base import FileItem, Outcome, ReadItem, Span, Status
-from hotset.transport.header import HEADER_BYTES, Header, checksum, matches
+from hotset.transport.header import HEADER_BYTES, checksum, inspect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +43,8 @@ class Stage(Enum):
     ENDED = "ended"
 
 
-@dataclass(slots=True, frozen=True)
-class Verdict:
-    """What one item's bytes are: DONE, or why not."""
+class Verdict(NamedTuple):
+    """What one item's bytes are: DONE, or why not. A tuple: one for each block on the hot path."""
 
     status: Status
     checksum: int = 0
@@ -149,21 +148,20 @@ def spans(items: Sequence[ReadItem | FileItem]) -> list[Span]:
 
 def judge(slab: Slab, chunk: Chunk) -> list[Verdict]:
     """Verify what landed: the header against what was asked, the payload against the header."""
-    return [_judge_slot(slab, item) for item in chunk.items]
+    return [judge_slot(slab, item) for item in chunk.items]
 
 
-def _judge_slot(slab: Slab, item: ReadItem | FileItem) -> Verdict:
-    header = Header.unpack(slab.memory.read(item.dest.offset, HEADER_BYTES))
-    if header is None:
-        return Verdict(Status.STALE, error="the slot is void")
-    differs = matches(header, item.expect)
-    if differs:
-        return Verdict(Status.STALE, error=f"the slot holds another copy: {differs}")
-    found = checksum(slab.read_payload(item.dest, header.nbytes))
-    if found != header.checksum:
-        error = f"the bytes do not match their checksum: {found:x}, expected {header.checksum:x}"
+def judge_slot(slab: Slab, item: ReadItem | FileItem, *, found: int | None = None) -> Verdict:
+    """Verify one slot; `found` is the payload's checksum when it was computed on the way."""
+    seen = inspect(slab.memory.read(item.dest.offset, HEADER_BYTES), item.expect)
+    if seen.differs:
+        return Verdict(Status.STALE, error=seen.differs)
+    if found is None:
+        found = checksum(slab.read_payload(item.dest, item.expect.nbytes))
+    if found != seen.checksum:
+        error = f"the bytes do not match their checksum: {found:x}, expected {seen.checksum:x}"
         return Verdict(Status.STALE, error=error)
-    return Verdict(Status.DONE, found, header.epoch)
+    return Verdict(Status.DONE, found, seen.epoch)
 
 
 def judge_files(chunk: Chunk, job: StorageJob) -> list[Verdict]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import xxhash
 
@@ -123,15 +123,6 @@ def matches(header: Header, expect: Expect) -> str:
 
     A None in `expect` accepts any value; content (key, format, size) must always agree.
     """
-    if (
-        header.key == expect.key
-        and header.format_code == expect.format_code
-        and header.nbytes == expect.nbytes
-        and (expect.generation is None or header.generation == expect.generation)
-        and (expect.checksum is None or header.checksum == expect.checksum)
-        and (expect.incarnation is None or header.incarnation == expect.incarnation)
-    ):
-        return ""
     pairs = (
         ("key", header.key, expect.key),
         ("format", header.format_code, expect.format_code),
@@ -144,6 +135,35 @@ def matches(header: Header, expect: Expect) -> str:
         if wanted is not None and found != wanted:
             return f"{name} is {_show(found)}, expected {_show(wanted)}"
     return ""
+
+
+class Seen(NamedTuple):
+    """What a landed header says: why it does not count ('' when it does), and of its payload."""
+
+    differs: str
+    checksum: int = 0
+    epoch: int = 0
+
+
+def inspect(buffer: ReadableBuffer, expect: Expect) -> Seen:
+    """Judge the 64 bytes of a landed header; no object in the good case, which is the hot path."""
+    data = bytes(buffer)
+    magic, version, _, code, key, nbytes, epoch, generation, payload_sum, incarnation = (
+        _BODY.unpack_from(data)
+    )
+    if (
+        key == expect.key
+        and (magic, version, code, nbytes) == (MAGIC, VERSION, expect.format_code, expect.nbytes)
+        and expect.generation in {None, generation}
+        and expect.checksum in {None, payload_sum}
+        and expect.incarnation in {None, incarnation}
+        and _HASH.unpack_from(data, _HASHED_BYTES)[0] == checksum(data[:_HASHED_BYTES])
+    ):
+        return Seen("", payload_sum, epoch)
+    header = Header.unpack(data)
+    if header is None:
+        return Seen("the slot is void")
+    return Seen(f"the slot holds another copy: {matches(header, expect)}")
 
 
 def _show(value: bytes | int) -> str:

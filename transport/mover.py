@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from hotset.errors import TransportError
 from hotset.transport.base import FileItem, ItemResult, PostState, ReadItem, Status
 from hotset.transport.batch import Chunk, Job, Stage, Verdict, judge, judge_files, spans, split
+from hotset.transport.fused import read_fused
 from hotset.transport.header import HEADER_BYTES
 from hotset.transport.pacing import Pacer
 from hotset.transport.records import Code, Kind
@@ -226,6 +227,9 @@ class Mover:
             return
         if self._drop_out_of_range(chunk, info):
             return
+        if self._backend.copies_in_call(peer):
+            self._read_in_call(chunk)
+            return
         try:
             chunk.handle = self._backend.post(peer, spans(chunk.items))
         except TransportError as error:
@@ -234,6 +238,20 @@ class Mover:
         chunk.stage = Stage.POSTED
         self._posted.append(chunk)
         self._posted_bytes[peer] = self._posted_bytes.get(peer, 0) + chunk.nbytes
+
+    def _read_in_call(self, chunk: Chunk) -> None:
+        """Copy and verify now; nothing is in flight between, so nothing can be abandoned."""
+        assert self._backend is not None  # noqa: S101 - the caller asked it
+        peer = chunk.job.peer
+        try:
+            fused = read_fused(self._backend, self._slab, peer, chunk.items)
+        except TransportError as error:
+            self._end_all(chunk, Status.FAILED, str(error))
+            return
+        landed = time.monotonic_ns() - fused.verify_ns  # copying and hashing took turns
+        self._landed(chunk, landed, self._pacers.get(peer))
+        chunk.stage = Stage.VERIFYING
+        self.verified(chunk, fused.verdicts)
 
     def _drop_out_of_range(self, chunk: Chunk, peer: PeerInfo) -> bool:
         """Fail items outside the peer's slab alone; the rest is queued anew. True when any."""

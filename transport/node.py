@@ -141,6 +141,11 @@ class NodeBackend(Backend):
         self._posts[handle] = posted
         return handle
 
+    def copies_in_call(self, peer: str) -> bool:
+        """Ask the way that the peer is read."""
+        way = self._ways.get(peer)
+        return way is not None and way.copies_in_call(peer)
+
     def poll(self, handle: int) -> tuple[PostState, str]:
         """State of a posted read."""
         way, inner = self._posts[handle]

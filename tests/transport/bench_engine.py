@@ -1,7 +1,8 @@
-"""Engine against raw NIXL in one run: `python -m tests.transport.bench_engine [blocks MiB]`.
+"""Engines against raw NIXL in one run: `python -m tests.transport.bench_engine`.
 
-Prints medians and the ratio of the engine (hand-off, verification and publication included) to
-the bare backend that posts the same spans, interleaved so that both see the same machine.
+Prints medians and the ratio of an engine over NIXL and one over shared memory (hand-off,
+verification and publication included) to the bare NIXL backend that posts the same spans in one
+transfer, interleaved so that all see the same machine.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from hotset.transport.base import PostState
 from hotset.transport.batch import spans
 from hotset.transport.nixl import NixlBackend
 from hotset.transport.slab import Slab
-from tests.transport.peer import PeerProcess, Source, Store, build
+from tests.transport.peer import BACKENDS, PeerProcess, Source, Store, build
 
 if TYPE_CHECKING:
     from hotset.transport.base import PeerInfo
 
 ROUNDS = 15
+WAYS = ("nixl", "shm")
 
 
 class Raw:
@@ -68,26 +70,37 @@ def read(store: Store, peer: str, copies: list[Source]) -> int:
 
 def measure(*, blocks: int, nbytes: int, rounds: int) -> None:
     """Print one line for a batch of `blocks` x `nbytes`."""
-    peer = PeerProcess(name="source", incarnation=1, blocks=blocks, nbytes=nbytes, room=0)
-    store = build(
-        name="sink", incarnation=1, backend=NixlBackend(), blocks=0, nbytes=nbytes, room=blocks
-    )
-    store.engine.connect(peer.info)
-    raw = Raw(peer.info, blocks=blocks, nbytes=nbytes)
-    bare, full = [], []
+    stores, peers = {}, {}
+    for way in WAYS:
+        peer = PeerProcess(
+            name="source", incarnation=1, backend=way, blocks=blocks, nbytes=nbytes, room=0
+        )
+        store = build(
+            name=way, incarnation=1, backend=BACKENDS[way](), blocks=0, nbytes=nbytes, room=blocks
+        )
+        store.engine.connect(peer.info)
+        stores[way], peers[way] = store, peer
+    raw = Raw(peers["nixl"].info, blocks=blocks, nbytes=nbytes)
+    bare: list[int] = []
+    full: dict[str, list[int]] = {way: [] for way in WAYS}
     for _ in range(rounds):
-        bare.append(raw.read(peer.copies))
-        full.append(read(store, "source", peer.copies))
-    a, b = statistics.median(bare[2:]), statistics.median(full[2:])
-    size = blocks * nbytes
+        bare.append(raw.read(peers["nixl"].copies))
+        for way in WAYS:
+            full[way].append(read(stores[way], "source", peers[way].copies))
+    size, a = blocks * nbytes, statistics.median(bare[2:])
     print(
-        f"{blocks:4d} x {nbytes >> 10:6d} KiB  raw {a / 1e3:8.0f} us {size / a:5.1f} GB/s"
-        f"  engine {b / 1e3:8.0f} us {size / b:5.1f} GB/s  ratio {a / b:.2f}"
-        f"  best {min(bare) / min(full):.2f}",
-        flush=True,
+        f"{blocks:4d} x {nbytes >> 10:6d} KiB  raw {a / 1e3:7.0f} us {size / a:5.1f} GB/s", end=""
     )
-    store.engine.close()
-    peer.close()
+    for way in WAYS:
+        b = statistics.median(full[way][2:])
+        print(
+            f" | {way} {b / 1e3:7.0f} us {size / b:5.1f} GB/s ratio {a / b:.2f}"
+            f" best {min(bare) / min(full[way]):.2f}",
+            end="",
+        )
+        stores[way].engine.close()
+        peers[way].close()
+    print(flush=True)
 
 
 def main() -> None:
