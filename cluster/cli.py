@@ -91,6 +91,8 @@ _CLUSTER_OPTIONS = (
                  help="cheapest format allowed in layers without a --floor"),
     click.option("--floor", "floors", multiple=True, callback=_floors, metavar="LAYER:FORMAT",
                  help="precision floor of one layer; may be given several times"),
+    click.option("--mode", default="active", show_default=True,
+                 help="active, or advisory: the controller decides and reports, moves nothing"),
     click.option("--device", default="cpu", show_default=True, help="torch device of workers"),
     click.option("--dashboard-port", type=click.IntRange(1, 65535),
                  help="show Ray's dashboard of a local cluster on this port"),
