@@ -1,0 +1,94 @@
+"""A pool carries out what the controller asks and reports every end of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hotset.actors.pool import PoolCore
+from hotset.policies.types import (
+    STORAGE,
+    BlockId,
+    CopyDropped,
+    CopyLanded,
+    DropCopy,
+    Format,
+    Reason,
+    StartTransfer,
+    TransferFailed,
+)
+from tests.actors.node import DEADLINE_S, Node
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hotset.blocks.checkpoint import Catalog
+    from hotset.policies.types import Event
+    from hotset.transport.loopback import LoopbackNetwork
+
+SLOTS = 12
+
+
+@pytest.fixture
+def node(catalog: Catalog, network: LoopbackNetwork) -> Iterator[Node]:
+    made = Node("host-0", catalog=catalog, network=network, slots=SLOTS, incarnation=8)
+    yield made
+    made.close()
+
+
+def asked(block: BlockId) -> StartTransfer:
+    return StartTransfer(
+        epoch=1, store="host-0", block=block, format=Format.BF16, sources=(STORAGE,),
+        cause="test", reason=Reason.WARM,
+    )  # fmt: skip
+
+
+def ended(core: PoolCore, node: Node) -> list[Event]:
+    """Events of the pool once nothing is pending."""
+    pace = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.005)):
+        if not core.pending:
+            return node.store.take_events()
+        pace.wait(0.005)
+    raise AssertionError("transfers are still pending")
+
+
+def test_it_fetches_what_fits_and_refuses_the_rest(node: Node, catalog: Catalog) -> None:
+    core = PoolCore(store=node.store, fetcher=node.fetcher, nbytes=node.nbytes)
+    for block in list(catalog.blocks)[: SLOTS + 3]:
+        core.command(asked(block))
+    events = ended(core, node)
+    landed = [event for event in events if isinstance(event, CopyLanded)]
+    failed = [event for event in events if isinstance(event, TransferFailed)]
+    assert len(landed) == SLOTS
+    assert {event.source for event in landed} == {STORAGE}
+    assert {event.reason for event in failed} == {Reason.VETO_MEMORY}
+    assert {event.incarnation for event in failed} == {8}
+    every = {event.copy.block for event in landed} | {event.block for event in failed}
+    assert every == set(list(catalog.blocks)[: SLOTS + 3])  # each one's end is told
+    assert not any(node.slab.pins(node.store._slots[key]) for key in node.store._slots)
+
+
+def test_it_drops_and_may_fill_again(node: Node, catalog: Catalog) -> None:
+    core = PoolCore(store=node.store, fetcher=node.fetcher, nbytes=node.nbytes)
+    block = next(iter(catalog.blocks))
+    core.command(asked(block))
+    (landed,) = ended(core, node)
+    core.command(
+        DropCopy(
+            epoch=2, store="host-0", block=block, format=Format.BF16, cause="test",
+            reason=Reason.REBALANCE,
+        )
+    )  # fmt: skip
+    (dropped,) = ended(core, node)
+    assert isinstance(landed, CopyLanded)
+    assert isinstance(dropped, CopyDropped)
+    assert dropped.generation == landed.copy.generation
+    assert node.slab.used_bytes == 0
+    core.command(asked(block))
+    core.command(asked(block))  # twice asked, once fetched
+    (again,) = ended(core, node)
+    assert isinstance(again, CopyLanded)
+    assert again.copy.generation > landed.copy.generation
