@@ -56,7 +56,8 @@ def test_tokens_are_those_of_the_unmodified_model(  # noqa: PLR0917 - fixtures
     assert cluster.address
     path, asked = models(model), prompts(3)
     wanted = expected(path, asked, count=TOKENS, reference=options["reference"])
-    with deployed(path, tmp_path, **options) as deployment:
+    pools = {} if model == "demo" else {"cxl_pools": 0, "host_ratio": 1.0}  # fewer processes
+    with deployed(path, tmp_path, **options, **pools) as deployment:
         front = Front(deployment)
         for index, prompt in enumerate(asked):
             worker = f"worker-{index % options['workers']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ from hotset.cluster.front import Front
 from tests.cluster.world import assert_sound, call, deployed, prompts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hotset.cluster.local import LocalCluster
@@ -23,13 +25,20 @@ SLACK_BYTES = 100_000_000
 TOKENS = 12
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for gigabytes, which pytest would keep for two more sessions."""
+    folder = tmp_path_factory.mktemp("large")
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("host_pools", [0, 1], ids=["storage-only", "host-pool"])
 def test_memory_does_not_grow_with_the_checkpoint(
-    cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory, host_pools: int
+    cluster: LocalCluster, root: Path, host_pools: int
 ) -> None:
     assert cluster.address
-    root = tmp_path_factory.getbasetemp()
     baseline = peak_of_worker(tiny(root), root / f"tiny-{host_pools}", host_pools, TOKENS)
     large = peak_of_worker(huge(root), root / f"huge-{host_pools}", host_pools, TOKENS)
     experts = large.expert_bytes
