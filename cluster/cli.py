@@ -277,7 +277,7 @@ def bench() -> None:
     help="memory above the imports for the limited runs",
 )
 @click.option("--tokens", type=int, default=16, show_default=True)
-@click.option("--threads", type=int, default=2, show_default=True)
+@click.option("--threads", type=int, default=1, show_default=True)
 @click.option("--repeat", type=int, default=1, show_default=True)
 @click.option("--peers", default="full,mmap,storage,host,host-shm", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
