@@ -119,10 +119,13 @@ def test_key_names_block_and_version(checkpoints: dict[str, Path]) -> None:
     assert len({olmoe.key(b) for b in olmoe.blocks}) == len(olmoe.blocks)
 
 
-def test_digest_follows_headers_and_config(tmp_path: Path, olmoe: Path) -> None:
+def test_digest_follows_headers_config_and_values(tmp_path: Path) -> None:
+    olmoe = make_random_checkpoint("olmoe", tmp_path / "olmoe", seed=1)
     first = Catalog.open(olmoe).digest
     again = make_random_checkpoint("olmoe", tmp_path / "again", seed=1)
     assert Catalog.open(again).digest == first
+    sibling = make_random_checkpoint("olmoe", tmp_path / "sibling", seed=2)
+    assert Catalog.open(sibling).digest != first
     config = json.loads((again / "config.json").read_bytes())
     (again / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
     assert Catalog.open(again).digest != first
