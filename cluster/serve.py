@@ -169,7 +169,7 @@ def _require_transport(config: RunConfig) -> None:
     if reason:
         raise DependencyError(
             f"NIXL does not work here ({reason})",
-            remedy="pip install nixl, or run with --transport storage",
+            remedy="without it, run with --transport storage",
         )
 
 
