@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -42,6 +43,17 @@ MATRIX = [
     case("deepseek_v3", 0.2, 1),
     case("trained", 0.2, 3),
 ]
+
+# Each family at every point: 30 deployments, about ten minutes, so only on request.
+FULL_MATRIX = [
+    case(model, ratio, workers)
+    for model in ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "trained")
+    for ratio in (0.2, 0.5, 1.0)
+    for workers in (1, 3)
+]
+if os.environ.get("HOTSET_FULL_MATRIX"):
+    seen = {point.id for point in MATRIX}
+    MATRIX += [point for point in FULL_MATRIX if point.id not in seen]
 
 
 @pytest.mark.parametrize(("model", "options"), MATRIX)
