@@ -80,7 +80,8 @@ class _Seen:
     peer: PeerInfo
     seen_ns: int
     draining: bool = False
-    commands: list[Command] = field(default_factory=list)
+    commands: dict[int, Command] = field(default_factory=dict)  # by number, until acknowledged
+    command_seq: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
 
 
@@ -155,6 +156,8 @@ class ControlCore:
             return self._unknown()
         member.seen_ns = now_ns
         member.gauges = message.gauges
+        for number in [n for n in member.commands if n <= message.commands_seen]:
+            del member.commands[number]
         for packed in message.events:
             self._feed(unpack_event(packed))
         self._sweep(now_ns)
@@ -251,7 +254,8 @@ class ControlCore:
             case StartTransfer() | DropCopy():
                 member = self._members.get(command.store)
                 if member is not None and self.spec.mode == "active":
-                    member.commands.append(command)
+                    member.command_seq += 1
+                    member.commands[member.command_seq] = command
             case PublishEpoch():
                 self._epoch_ns = self._clock_ns()
             case Veto():
@@ -285,7 +289,6 @@ class ControlCore:
         if member is None:
             return self._unknown()
         changes = self._brain.changes_since(directory_version)
-        commands, member.commands = member.commands, []
         news = membership_version != self._membership_version
         return HeartbeatReply(
             epoch=self._brain.epoch,
@@ -298,8 +301,9 @@ class ControlCore:
             removed=changes.removed,
             membership_version=self._membership_version,
             members=self._present() if news else None,
-            commands=[pack(command) for command in commands],
+            commands=[pack(command) for command in member.commands.values()],
             draining=member.draining,
+            command_seq=member.command_seq,
         )
 
     def _emulated(self, tier: Tier) -> str:

@@ -108,6 +108,7 @@ class Membership:
         self._joined = False
         self._last_error = ""
         self._membership_version = -1
+        self._commands_seen = 0
         self._peers: dict[str, int] = {}
         self._draining_told = False
         self._stop = threading.Event()
@@ -214,6 +215,7 @@ class Membership:
             membership_version=self._membership_version,
             events=[pack(event) for event in events],
             gauges=self._callbacks.gauges(),
+            commands_seen=self._commands_seen,
         )
 
     def _take(self, reply: HeartbeatReply) -> None:
@@ -231,6 +233,7 @@ class Membership:
             command = unpack_command(packed)
             if getattr(command, "epoch", epoch) <= epoch:
                 self._callbacks.command(command)
+        self._commands_seen = reply.command_seq
         if reply.draining and not self._draining_told:
             self._draining_told = True
             self._callbacks.drained()

@@ -67,7 +67,11 @@ class Join(Message, frozen=True, kw_only=True):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
-    """What happened at a store since its last heartbeat. `events` are encoded by `pack_events`."""
+    """What happened at a store since its last heartbeat. `events` are encoded by `pack`.
+
+    `commands_seen` is the `command_seq` of the last reply that arrived: a reply can be lost, and
+    the controller repeats commands until they are acknowledged so.
+    """
 
     store: str
     incarnation: int
@@ -75,6 +79,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     membership_version: int
     events: list[Any]
     gauges: dict[str, float]
+    commands_seen: int = 0
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +107,7 @@ class HeartbeatReply(Message, frozen=True, kw_only=True):
     members: tuple[Member, ...] | None
     commands: list[Any]
     draining: bool
+    command_seq: int = 0
 
 
 class ExpertRows(msgspec.Struct, frozen=True, kw_only=True):

@@ -62,6 +62,7 @@ class Store:
         self.copies: dict[tuple[BlockId, Format], Copy] = {}
         self.generations = itertools.count(1)
         self.version = self.members = -1
+        self.seen = 0
         self.known: dict[str, int] = {}
         self.draining = False
 
@@ -77,7 +78,7 @@ class Store:
         message = Heartbeat(
             store=self.info.name, incarnation=self.info.incarnation,
             directory_version=self.version, membership_version=self.members,
-            events=[pack(event) for event in events], gauges={},
+            events=[pack(event) for event in events], gauges={}, commands_seen=self.seen,
         )  # fmt: skip
         return self._take(self.core.heartbeat(decode(encode(message), Heartbeat)))
 
@@ -88,6 +89,7 @@ class Store:
             self.members = reply.membership_version
             self.known = {m.store.name: m.store.incarnation for m in reply.members}
         self.draining = reply.draining
+        self.seen = reply.command_seq
         return [unpack_command(command) for command in reply.commands]
 
     def obey(self, commands: Sequence[Any]) -> list[Event]:
@@ -174,6 +176,15 @@ def test_commands_are_given_once(tmp_path: Path, clock: Clock) -> None:
     core = core_in(tmp_path, clock)
     pool = Store(core, "host-0", tier=Tier.HOST, slots=BLOCKS)
     assert pool.join()
+    assert not pool.beat()
+
+
+def test_commands_of_a_lost_reply_are_given_again(tmp_path: Path, clock: Clock) -> None:
+    core = core_in(tmp_path, clock)
+    pool = Store(core, "host-0", tier=Tier.HOST, slots=BLOCKS)
+    first = pool.join()
+    pool.seen = 0  # the reply never arrived
+    assert pool.beat() == first
     assert not pool.beat()
 
 
