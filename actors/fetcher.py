@@ -69,8 +69,6 @@ class Want:
     parent: int = 0
     allow: frozenset[str] | None = None
     sources: list[Source] = field(default_factory=list)
-    attempts: int = 0
-    first_transfer_id: int = 0
 
 
 class Fetcher:
@@ -130,8 +128,6 @@ class Fetcher:
                 self._slab.fail(want.slot)
                 self._next_source(want, transfer_id=0, error=str(error))
             return
-        for offset, want in enumerate(group):
-            want.first_transfer_id = ticket.transfer_id + offset
         ticket.add_callback(lambda outcome: self._landed(store, group, outcome))
 
     def _landed(self, store: str, group: list[Want], outcome: Outcome) -> None:
@@ -161,7 +157,6 @@ class Fetcher:
 
     def _next_source(self, want: Want, *, transfer_id: int, error: str) -> None:
         want.sources = want.sources[1:]
-        want.attempts += 1
         slot = self._slab.allocate(want.nbytes) if want.sources else None
         if slot is None:
             no_slot = bool(want.sources)

@@ -130,11 +130,6 @@ class Membership:
         self._stop.set()
         self._thread.join(timeout=5)
 
-    @property
-    def controller_known(self) -> bool:
-        """Whether the last heartbeat was answered."""
-        return self._joined
-
     def _loop(self) -> None:
         while not self._stop.is_set():
             began = time.monotonic()

@@ -14,16 +14,13 @@ import msgspec
 from hotset.actors.batches import RowBatch  # noqa: TC001 - msgspec reads annotations
 from hotset.policies.directory import CopyKey  # noqa: TC001 - msgspec reads annotations
 from hotset.policies.types import (
-    BlockId,
     Command,
     Copy,
     CopyDropped,
     CopyLanded,
     DropCopy,
     Event,
-    Format,
     PublishEpoch,
-    Reason,
     RouterCounts,
     StartTransfer,
     StoreDraining,
@@ -199,17 +196,14 @@ def unpack_command(packed: list[Any]) -> Command:
 
 
 __all__ = [
-    "BlockId",
     "ComputeReply",
     "ComputeRequest",
     "ExpertRows",
-    "Format",
     "GenerateRequest",
     "Heartbeat",
     "HeartbeatReply",
     "Join",
     "Message",
-    "Reason",
     "Rows",
     "TokenChunk",
     "decode",

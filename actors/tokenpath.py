@@ -112,7 +112,6 @@ class TokenPath:
     def __init__(  # noqa: PLR0913 - the parts of one worker, by keyword
         self,
         *,
-        store: str,
         catalog: Catalog,
         slab: Slab,
         cache: HotCache,
@@ -124,7 +123,6 @@ class TokenPath:
         config: PathConfig,
     ) -> None:
         """All parts belong to one worker."""
-        self._store = store
         self._catalog = catalog
         self._slab = slab
         self._cache = cache

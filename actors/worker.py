@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ import msgspec
 import ray
 import torch
 
+from hotset.actors import cgroup
 from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
 from hotset.actors.cache import Delivery, HotCache, Lost
 from hotset.actors.messages import (
@@ -106,7 +107,6 @@ class GPUWorker:
         )
         device = torch.device(self._spec.store.device)
         self._path = TokenPath(
-            store=self._spec.store.name,
             catalog=catalog,
             slab=self._parts.slab,
             cache=self._cache,
@@ -357,10 +357,10 @@ class GPUWorker:
 
 def _enter_memory_cgroup(model: str) -> None:
     """Go under the limit that a benchmark has set; what is imported by now does not count."""
-    group = os.environ.get("HOTSET_MEMORY_CGROUP")
+    group = os.environ.get(cgroup.ENV)
     if group:
         import_model_code(Catalog.open(model).model_type)
-        (Path(group) / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+        cgroup.join(group)
 
 
 def _trace_of(request: GenerateRequest) -> tuple[int, int]:
@@ -370,6 +370,7 @@ def _trace_of(request: GenerateRequest) -> tuple[int, int]:
     return secrets.randbits(64), secrets.randbits(64)
 
 
+@cache
 def remote_classes() -> dict[str, Any]:
     """Ray's actor classes of every shell here, by role."""
     from hotset.actors.controller import Controller

@@ -90,14 +90,14 @@ def _mapped(model: str, mapped: str) -> Any:
 
 
 def _child() -> None:
+    from hotset.actors import cgroup
     from hotset.blocks.hf import import_model_code
-    from hotset.cluster import limits
 
     job = json.loads(sys.stdin.read())
     import_model_code(Catalog.open(job["model"]).model_type)
     torch.set_num_threads(job["threads"])
     if job["group"]:
-        limits.join(job["group"])
+        cgroup.join(job["group"])
     kind = job["kind"]
     model = _full(job["model"]) if kind == "full" else _mapped(job["model"], job["mapped"])
     generate(model, job["prompt"], max_new_tokens=job["max_new_tokens"])  # warm, as hotset is

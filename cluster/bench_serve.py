@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hotset.cluster.limits import ENV, memory_limit, peak_bytes
+from hotset.actors.cgroup import ENV
+from hotset.cluster.limits import memory_limit, peak_bytes
 from hotset.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import ray
 
+from hotset.actors import cgroup
 from hotset.actors.assembly import StoreSpec, telemetry_name
 from hotset.actors.control import ControlSpec
 from hotset.actors.membership import NAMESPACE, controller_name
@@ -23,7 +24,6 @@ from hotset.actors.peers import actor_name
 from hotset.actors.telemetry import TelemetrySpec, Totals
 from hotset.actors.worker import WorkerSpec, remote_classes
 from hotset.blocks.formats import codec
-from hotset.cluster import limits
 from hotset.cluster.config import PROFILES, RunConfig, Sizes, new_run_dir, sizes
 from hotset.errors import ClusterError
 from hotset.policies.types import Format, Tier
@@ -227,8 +227,8 @@ class Deployment:
             move=config.move,
         )
         variables = {"OMP_NUM_THREADS": str(config.threads)}
-        if os.environ.get(limits.ENV):
-            variables[limits.ENV] = os.environ[limits.ENV]
+        if os.environ.get(cgroup.ENV):
+            variables[cgroup.ENV] = os.environ[cgroup.ENV]
         env = {"env_vars": variables}
         gpus = 1 if config.device.startswith("cuda") else 0
         self.workers[name] = remote_classes()["worker"].options(

@@ -7,7 +7,6 @@ does not fit. Used by benchmarks, so that every contender lives under the same r
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from hotset.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ENV = "HOTSET_MEMORY_CGROUP"
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
 
@@ -49,11 +47,6 @@ def memory_limit(limit_bytes: int) -> Iterator[str]:
     finally:
         with contextlib.suppress(OSError):  # a process may still be ending; the group is empty then
             group.rmdir()
-
-
-def join(group: str) -> None:
-    """Move this process into the cgroup: what it allocates from now on counts."""
-    (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def peak_bytes(group: str) -> int:

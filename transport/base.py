@@ -34,6 +34,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hotset.errors import PeerGoneError, TransportError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -155,6 +157,23 @@ class Outcome:
     wire_ns: int
     verify_ns: int
     transfer_id: int
+
+
+def refuse_older(peer: PeerInfo, known: PeerInfo | None) -> None:
+    """Raise PeerGoneError when `known`, of the same name, is a newer incarnation than `peer`."""
+    if known is not None and known.incarnation > peer.incarnation:
+        raise PeerGoneError(
+            f"{peer.name}:{peer.incarnation} was replaced by {known.incarnation}",
+            remedy="use the newer store",
+        )
+
+
+def other_backend(peer: PeerInfo, mine: str) -> TransportError:
+    """Make the error for a peer whose backend is not `mine`."""
+    return TransportError(
+        f"store {peer.name!r} speaks {peer.backend!r}, this one {mine!r}",
+        remedy="start all stores of a cluster with one backend",
+    )
 
 
 class PostState(enum.Enum):

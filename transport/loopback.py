@@ -20,7 +20,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from hotset.errors import PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span
+from hotset.transport.base import Backend, PeerInfo, PostState, Span, refuse_older
 from hotset.transport.header import HEADER_BYTES
 
 if TYPE_CHECKING:
@@ -186,11 +186,7 @@ class LoopbackBackend(Backend):
                 f"the metadata of {identity} is damaged or of backend {peer.backend!r}",
                 remedy="ask the store for it anew",
             )
-        known = self._peers.get(peer.name)
-        if known is not None and known.incarnation > peer.incarnation:
-            raise PeerGoneError(
-                f"{identity} was replaced by {known.incarnation}", remedy="use the newer store"
-            )
+        refuse_older(peer, self._peers.get(peer.name))
         self._peers[peer.name] = peer
 
     def disconnect(self, name: str) -> None:

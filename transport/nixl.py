@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from hotset.errors import DependencyError, PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span
+from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,15 +180,8 @@ class NixlBackend(Backend):
         if known is not None and known.info == peer:
             return
         if peer.backend != self.name:
-            raise TransportError(
-                f"store {peer.name!r} speaks {peer.backend!r}, this one {self.name!r}",
-                remedy="start all stores of a cluster with one backend",
-            )
-        if known is not None and known.info.incarnation > peer.incarnation:
-            raise PeerGoneError(
-                f"{peer.name}:{peer.incarnation} was replaced by {known.info.incarnation}",
-                remedy="use the newer store",
-            )
+            raise other_backend(peer, self.name)
+        refuse_older(peer, known.info if known else None)
         wanted = _agent_name(peer.name, peer.incarnation)
         self.disconnect(peer.name)
         returning = self._leaving.pop(wanted, None)

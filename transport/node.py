@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hotset.errors import PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState
+from hotset.transport.base import Backend, PeerInfo, PostState, other_backend, refuse_older
 from hotset.transport.nixl import NixlBackend
 from hotset.transport.shm import ShmBackend, describe, is_here
 
@@ -84,20 +84,13 @@ class NodeBackend(Backend):
         known = self._peers.get(peer.name)
         if known == peer:
             return
-        if known is not None and known.incarnation > peer.incarnation:
-            raise PeerGoneError(
-                f"{peer.name}:{peer.incarnation} was replaced by {known.incarnation}",
-                remedy="use the newer store",
-            )
+        refuse_older(peer, known)
         if peer.backend == self.name:
             metadata = _decode(peer)
         elif peer.backend == self._nixl.name:
             metadata = _Metadata(nixl=peer.backend_metadata, shm=b"")
         else:
-            raise TransportError(
-                f"store {peer.name!r} speaks {peer.backend!r}, this one {self.name!r}",
-                remedy="start all stores of a cluster with one backend",
-            )
+            raise other_backend(peer, self.name)
         way = self._connect(peer, metadata)
         former = self._ways.get(peer.name)
         if former is not None and former is not way:

@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 
 from hotset.errors import PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span
+from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
 from hotset.transport.memory import HostMemory
 
 if TYPE_CHECKING:
@@ -210,15 +210,8 @@ class ShmBackend(Backend):
         if known is not None and known.info == peer:
             return
         if peer.backend != self.name:
-            raise TransportError(
-                f"store {peer.name!r} speaks {peer.backend!r}, this one {self.name!r}",
-                remedy="start all stores of a cluster with one backend",
-            )
-        if known is not None and known.info.incarnation > peer.incarnation:
-            raise PeerGoneError(
-                f"{peer.name}:{peer.incarnation} was replaced by {known.info.incarnation}",
-                remedy="use the newer store",
-            )
+            raise other_backend(peer, self.name)
+        refuse_older(peer, known.info if known else None)
         place = _decode(peer.backend_metadata, peer.name)
         if place.nbytes != peer.nbytes:
             raise TransportError(
