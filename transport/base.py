@@ -54,11 +54,15 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
-    """What a store's link gives a reader. When `emulated`, readers pace themselves to it."""
+    """What a store's link gives its readers together. When `emulated`, they pace themselves to it.
+
+    `jitter_ns`: each transfer's latency is up to this much longer, by a seeded sequence.
+    """
 
     bandwidth_bytes_per_s: int
     latency_ns: int
     emulated: bool
+    jitter_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,9 @@ class PeerInfo:
     """What a peer must know to read a store: sent once when stores meet, versioned by incarnation.
 
     `backend_metadata` is opaque (NIXL: agent metadata). `base_address` is the registered address
-    of the slab's first byte in the owner's process, `nbytes` its length.
+    of the slab's first byte in the owner's process, `nbytes` its length. `pace` says where the
+    readers of an emulated link on this host share its state. `proof` shows that the sender knows
+    the cluster's token; it covers all other fields.
     """
 
     name: str
@@ -77,6 +83,8 @@ class PeerInfo:
     nbytes: int
     device: str = "cpu"
     link: LinkProfile | None = None
+    pace: bytes = b""
+    proof: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +246,13 @@ class Backend(ABC):
     @abstractmethod
     def release(self, handle: int) -> None:
         """Free a handle that is DONE or in ERROR. Calling it on a PENDING one is a bug."""
+
+    def abort(self, handle: int) -> None:  # noqa: B027 - most backends cannot end a read early
+        """Hasten the end of a PENDING read that nobody waits for, where that is safe.
+
+        After it `poll` may report ERROR sooner, and then nothing lands any more. A backend whose
+        reads cannot be recalled does nothing: the slots stay in quarantine until the read ends.
+        """
 
     def close(self) -> None:  # noqa: B027 - most backends have nothing to tear down
         """Tear down after everything posted has ended; the engine sees to that."""
