@@ -23,13 +23,14 @@ from hotset.transport.node import NodeBackend
 from hotset.transport.records import Ring
 from hotset.transport.shm import ShmBackend
 from hotset.transport.slab import Slab, Slot
+from hotset.transport.tcp import TcpBackend
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 CALL_TIMEOUT_S = 60.0
 FORMAT = 7
-BACKENDS = {"nixl": NixlBackend, "shm": ShmBackend, "node": NodeBackend}
+BACKENDS = {"nixl": NixlBackend, "shm": ShmBackend, "node": NodeBackend, "tcp": TcpBackend}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

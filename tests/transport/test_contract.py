@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     params=[
         "loopback",
         "shm",
+        "tcp",
         pytest.param("nixl", marks=pytest.mark.nixl),
         pytest.param("node", marks=pytest.mark.nixl),
     ],
