@@ -19,7 +19,8 @@ import msgspec
 from hotset.errors import PeerGoneError, TransportError
 from hotset.transport.base import Backend, PeerInfo, PostState, other_backend, refuse_older
 from hotset.transport.nixl import NixlBackend
-from hotset.transport.shm import ShmBackend, describe, is_here
+from hotset.transport.place import is_here
+from hotset.transport.shm import ShmBackend, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
