@@ -83,6 +83,9 @@ WIRE = Attribute(
     name="hotset.wire_ns", unit="ns", meaning="time between post and the backend's end"
 )
 VERIFY = Attribute(name="hotset.verify_ns", unit="ns", meaning="time to check header and checksum")
+ACTIVATE = Attribute(
+    name="hotset.activate_ns", unit="ns", meaning="time until the slot was readable and told of"
+)
 USED = Attribute(name="hotset.used", meaning="true when compute used the bytes; absent if unknown")
 ATTEMPT = Attribute(name="hotset.attempt", meaning="number of earlier attempts; absent when none")
 REQUEST = Attribute(
@@ -96,7 +99,7 @@ WAITED_ON = "waited_on"
 
 SPAN_ATTRIBUTES = (
     SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, TOKENS, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
-    USED, ATTEMPT, REQUEST, EPOCH, LINK,
+    ACTIVATE, USED, ATTEMPT, REQUEST, EPOCH, LINK,
 )  # fmt: skip
 
 # --- spans ----------------------------------------------------------------------------------------
@@ -110,8 +113,8 @@ SPAN_TRANSFER = Span(
     name="hotset.transfer",
     meaning="one block arrived at a store, or did not",
     attributes=(
-        SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY, USED,
-        ATTEMPT, REQUEST,
+        SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
+        ACTIVATE, USED, ATTEMPT, REQUEST,
     ),
 )  # fmt: skip
 SPAN_STEP = Span(

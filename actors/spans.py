@@ -206,6 +206,7 @@ _NBYTES_IS = otlp.int_prefix(names.NBYTES)
 _QUEUE_IS = otlp.int_prefix(names.QUEUE)
 _WIRE_IS = otlp.int_prefix(names.WIRE)
 _VERIFY_IS = otlp.int_prefix(names.VERIFY)
+_ACTIVATE_IS = otlp.int_prefix(names.ACTIVATE)
 _ATTEMPT_IS = otlp.int_prefix(names.ATTEMPT)
 _USED = otlp.attribute(names.USED, value=True)
 _REQUEST_IS = f'{{"key":"{names.REQUEST.name}","value":{{"stringValue":"'
@@ -229,7 +230,8 @@ class _Fragments:
     def attributes(self, row: tuple[int, ...]) -> str:
         """Spell the attributes of one row of `ROW`, joined."""
         kind, code, source, form, layer, index = row[:6]
-        trace_hi, trace_lo, nbytes, queue_ns, wire_ns, verify_ns, reason, used, attempt = row[11:]
+        trace_hi, trace_lo, nbytes, queue_ns, wire_ns, verify_ns, activate_ns = row[11:18]
+        reason, used, attempt = row[18:]
         text = self._codes[code]
         if kind == _STEP:
             text += f",{_TOKENS_IS}{index}{_END}"
@@ -242,7 +244,7 @@ class _Fragments:
             text += f",{_NBYTES_IS}{nbytes}{_END}"
         if kind == _TRANSFER:
             text += f",{_QUEUE_IS}{queue_ns}{_END},{_WIRE_IS}{wire_ns}{_END}"
-            text += f",{_VERIFY_IS}{verify_ns}{_END}"
+            text += f",{_VERIFY_IS}{verify_ns}{_END},{_ACTIVATE_IS}{activate_ns}{_END}"
             text += f",{_USED}" if used else ""
             text += f",{_ATTEMPT_IS}{attempt}{_END}" if attempt else ""
         if trace_hi or trace_lo:

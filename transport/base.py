@@ -14,17 +14,29 @@ no lock. So the source may reuse the slot at any time: the reader checks header 
 the read, and a mismatch means `STALE`, "try the next source". Peers only pull; nobody writes into
 another's memory.
 
-**Ends.** A ticket ends exactly once: DONE, FAILED or TIMED_OUT, at the latest at its deadline plus
-one poll. A timeout or a cancel ends the wait, not the transfer: handle, descriptors and slots of
-an abandoned transfer stay in quarantine until the backend reports done or error. Nothing in flight
-is ever released, deregistered, unmapped or destroyed.
+A write is an offer that the other side pulls (`offers.py`).
 
-**Idempotent:** `connect` with the same info, `disconnect`, `close`. **Not retried here:** the
-caller chooses another source, because only it knows them.
+**Ends.** A ticket ends exactly once: DONE, FAILED, STALE, TIMED_OUT or CANCELLED, at the latest at
+its deadline plus one poll. A timeout or a cancel ends the wait, not the transfer: handle,
+descriptors and slots of an abandoned transfer stay in quarantine until the backend reports done or
+error. Nothing in flight is ever released, deregistered, unmapped or destroyed. What may be recalled
+early is the backend's to say (`abort`); what has not been posted is simply dropped.
+
+**Pieces.** A large slot travels in pieces, each a post of its own, so that an urgent read waits for
+at most one of them. A slot is in quarantine while any of its pieces is in flight.
+
+**Sources.** An item may name other sources of the same content. STALE and FAILED move it on to the
+next one, twice at most, into the same slot, and only after nothing of the former attempt can land
+there. `stripe` lets all of them send pieces at once. `follow` reads a slot that is itself still
+arriving, as far as it has come; `stream` lets others follow this one. So a hot block travels down a
+chain of stores while its source sends it once (`multicast.py`).
+
+**Idempotent:** `connect` with the same info, `disconnect`, `close`, and every read: content is
+immutable, so a read that is repeated lands the same bytes.
 
 **Threads.** Any thread may submit and wait. Exactly one thread, the engine's owner, calls a
-backend. Checksums are verified before the ticket ends; of a large batch one thread verifies what
-has landed while the owner moves the rest.
+backend. Checksums are verified before the ticket ends; a second thread verifies what has landed
+while the owner moves the rest.
 """
 
 from __future__ import annotations
@@ -40,6 +52,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hotset.transport.slab import Slab, Slot
+
+
+class Priority(enum.IntEnum):
+    """Who goes first on a link; within a class, the earliest deadline does."""
+
+    IMMINENT = 0  # compute waits, or will within a layer or two
+    STAGING = 1  # wanted soon
+    BACKGROUND = 2  # rebalancing, spilling
 
 
 class Status(enum.Enum):
@@ -105,15 +125,32 @@ class Expect:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """Another copy of an item's content. None accepts any generation or incarnation."""
+
+    peer: str
+    remote_offset: int
+    generation: int | None = None
+    incarnation: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadItem:
     """Read one slot of a peer (header and payload) into a FILLING slot here.
 
-    `remote_offset` counts bytes from the start of the peer's slab to the slot's header.
+    `remote_offset` counts bytes from the start of the peer's slab to the slot's header. `others`
+    are further sources, the best first. `stripe`: all sources send pieces at once; worth it for
+    large slots over separate links. `follow`: the sources may still be receiving what they shall
+    send. `stream`: readers may follow this slot while it fills.
     """
 
     remote_offset: int
     dest: Slot
     expect: Expect
+    others: tuple[Replica, ...] = ()
+    stripe: bool = False
+    follow: bool = False
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,20 +176,27 @@ class FileItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemResult:
-    """The end of one item. On DONE the slot is READY with a header of this store's own."""
+    """The end of one item. On DONE the slot is READY with a header of this store's own.
+
+    `source` is the peer that was read last, `attempt` counts the sources given up before it.
+    """
 
     status: Status
     dest: Slot
     checksum: int = 0
     generation: int = 0
     error: str = ""
+    source: str = ""
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """The end of a ticket. Times are monotonic-clock durations in ns; they add up to its life.
 
-    `started_ns` and `ended_ns` are wall-clock (epoch) times for traces.
+    Queue: until the first post. Wire: until the last bytes landed (or the emulated link let them).
+    Verify: until the last checksum was known. Activate: until the slots were READY and the caller
+    was told. `started_ns` and `ended_ns` are wall-clock (epoch) times for traces.
     """
 
     status: Status
@@ -164,6 +208,7 @@ class Outcome:
     queue_ns: int
     wire_ns: int
     verify_ns: int
+    activate_ns: int
     transfer_id: int
 
 

@@ -32,23 +32,22 @@ from hotset.errors import (
     TransferTimeout,
     TransportError,
 )
-from hotset.transport.base import FileItem, PeerInfo
-from hotset.transport.batch import Chunk, Job, judge
-from hotset.transport.mover import Mover
+from hotset.transport.base import FileItem, PeerInfo, Priority, ReadItem
+from hotset.transport.job import Job
+from hotset.transport.mover import STORAGE, Mover
 from hotset.transport.slab import SlotState
 from hotset.transport.ticket import Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from hotset.transport.base import Backend, LinkProfile, ReadItem
+    from hotset.transport.arrivals import Check
+    from hotset.transport.base import Backend, LinkProfile
     from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
     from hotset.transport.storage import StorageReader
 
-STORAGE: Final = "storage"
-"""Name of the source of file reads in outcomes and rows."""
 CALL_TIMEOUT_S: Final = 30.0
 
 _T = TypeVar("_T")
@@ -88,7 +87,7 @@ class Engine:
         self._link = link
         self._max_quarantined = max_quarantined
         self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
-        self._to_verify: SimpleQueue[Chunk | None] = SimpleQueue()
+        self._to_verify: SimpleQueue[Check | None] = SimpleQueue()
         self._mover = Mover(
             slab=slab,
             backend=backend,
@@ -98,7 +97,7 @@ class Engine:
             time_scale=time_scale,
             describe=describe,
             verify=self._to_verify.put,
-            files_ended=lambda chunk: self._inbox.put(partial(self._mover.files_ended, chunk)),
+            files_ended=lambda post: self._inbox.put(partial(self._mover.files_ended, post)),
         )
         self._owner = threading.Thread(target=self._run, name=f"hotset-{name}", daemon=True)
         self._verifier = threading.Thread(
@@ -169,6 +168,7 @@ class Engine:
         trace: tuple[int, int] = (0, 0),
         parent: int = 0,
         reason: str = "",
+        priority: Priority = Priority.IMMINENT,
     ) -> Ticket:
         """Read slots of `peer` into FILLING slots here, many in one backend transfer.
 
@@ -177,9 +177,9 @@ class Engine:
         by the engine. Raises QuarantineFull, ConfigError, InvalidTransition, TransportError; then
         nothing was taken and the slots are still the caller's.
         """
-        return self._submit(peer, items, deadline_ns, trace, parent, reason)
+        return self._submit(peer, items, deadline_ns, trace, parent, reason, priority)
 
-    def read_files(
+    def read_files(  # noqa: PLR0913 - as `read`
         self,
         items: Sequence[FileItem],
         *,
@@ -187,6 +187,7 @@ class Engine:
         trace: tuple[int, int] = (0, 0),
         parent: int = 0,
         reason: str = "",
+        priority: Priority = Priority.IMMINENT,
     ) -> Ticket:
         """Read ranges of files into FILLING slots here; ends, pins and errors are as in `read`."""
         for item in items:
@@ -196,7 +197,7 @@ class Engine:
                     f"ranges of {size} bytes for a block of {item.expect.nbytes}",
                     remedy="build the ranges from the catalog of blocks",
                 )
-        return self._submit(STORAGE, items, deadline_ns, trace, parent, reason)
+        return self._submit(STORAGE, items, deadline_ns, trace, parent, reason, priority)
 
     @property
     def in_flight(self) -> int:
@@ -211,7 +212,8 @@ class Engine:
     @property
     def quarantined_bytes(self) -> int:
         """Payload bytes of the slots that abandoned posts hold."""
-        return sum(chunk.nbytes for chunk in list(self._mover.quarantine.values()))
+        posts = list(self._mover.quarantine.values())
+        return sum(post.nbytes for post in posts)
 
     def _submit(  # noqa: PLR0913, PLR0917 - the two public doors have these
         self,
@@ -221,6 +223,7 @@ class Engine:
         trace: tuple[int, int],
         parent: int,
         reason: str,
+        priority: Priority,
     ) -> Ticket:
         self._check(items)
         ticket = Ticket(transfer_id=self._reserve(len(items)), cancel=self._cancel)
@@ -231,12 +234,16 @@ class Engine:
             deadline_ns=deadline_ns,
             submitted_ns=time.monotonic_ns(),
             wall_ns=time.time_ns(),
+            priority=priority,
             trace=trace,
             parent=parent,
             reason=reason,
         )
         with self._door:  # a read is either before `close` in the queue, or refused
             self._check_open()
+            for item in items:
+                if isinstance(item, ReadItem) and item.stream:  # before anybody is told of it
+                    self._slab.show_progress(item.dest, item.expect, arrived=0)
             self._inbox.put(partial(self._mover.add, job))
         return ticket
 
@@ -271,6 +278,11 @@ class Engine:
                 raise InvalidTransition(
                     f"store {self.name!r}: the slot at {item.dest.offset} is not FILLING",
                     remedy="allocate a slot for each read",
+                )
+            if isinstance(item, ReadItem) and item.follow and item.expect.checksum is None:
+                raise ConfigError(
+                    "a slot that is still filling has no checksum in its header",
+                    remedy="say in `expect.checksum` what the bytes must sum up to",
                 )
 
     def _cancel(self, ticket: Ticket) -> None:
@@ -371,6 +383,6 @@ class Engine:
         return True
 
     def _run_verifier(self) -> None:
-        while (chunk := self._to_verify.get()) is not None:
-            verdicts = judge(self._slab, chunk)
-            self._inbox.put(partial(self._mover.verified, chunk, verdicts))
+        while (check := self._to_verify.get()) is not None:
+            check.run(self._slab)
+            self._inbox.put(partial(self._mover.checked, check))

@@ -10,6 +10,9 @@ the store that wrote it. Little endian:
     offset 32  generation u64, checksum u64 (xxh3-64 of the payload), incarnation u64
     offset 56  hash u64 (xxh3-64 of the first 56 bytes)
 
+While a slot that others may follow is still filling, the same 64 bytes are a progress header: magic
+"HOTW", no checksum, and in place of the generation the payload bytes that have come so far.
+
 This module must not know what keys or format codes mean. Invariant: bytes that were torn, zeroed
 or flipped anywhere in the 64 unpack to None.
 """
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 HEADER_BYTES: Final = 64
 KEY_BYTES: Final = 16
 MAGIC: Final = 0x53544F48  # "HOTS"
+PROGRESS_MAGIC: Final = 0x57544F48  # "HOTW"
 VERSION: Final = 1
 VOID: Final = bytes(HEADER_BYTES)
 
@@ -164,6 +168,48 @@ def inspect(buffer: ReadableBuffer, expect: Expect) -> Seen:
     if header is None:
         return Seen("the slot is void")
     return Seen(f"the slot holds another copy: {matches(header, expect)}")
+
+
+def pack_progress(expect: Expect, *, arrived: int, incarnation: int) -> bytes:
+    """Return the 64 bytes of a filling slot that has `arrived` payload bytes, in order."""
+    body = _BODY.pack(
+        PROGRESS_MAGIC, VERSION, 0, expect.format_code, expect.key, expect.nbytes, 0,
+        arrived, 0, incarnation,
+    )  # fmt: skip
+    return body + _HASH.pack(xxhash.xxh3_64_intdigest(body))
+
+
+class Progress(NamedTuple):
+    """How far a source has come: `arrived` payload bytes; `seen` once it is complete.
+
+    `torn`: the header was being written; ask again. `differs`: it is another content, or none.
+    """
+
+    arrived: int = 0
+    seen: Seen | None = None
+    torn: bool = False
+    differs: str = ""
+
+
+def inspect_progress(buffer: ReadableBuffer, expect: Expect) -> Progress:
+    """Judge the header of a slot that is complete or still filling."""
+    data = bytes(buffer)
+    magic, version, _, code, key, nbytes, _, arrived, _, incarnation = _BODY.unpack_from(data)
+    if _HASH.unpack_from(data, _HASHED_BYTES)[0] != checksum(data[:_HASHED_BYTES]):
+        if magic in {MAGIC, PROGRESS_MAGIC}:
+            return Progress(torn=True)
+        return Progress(differs="the slot is void")
+    if magic == MAGIC:
+        seen = inspect(data, expect)
+        if seen.differs:
+            return Progress(differs=seen.differs)
+        return Progress(arrived=nbytes, seen=seen)
+    wanted = (PROGRESS_MAGIC, VERSION, expect.key, expect.format_code, expect.nbytes)
+    if (magic, version, key, code, nbytes) != wanted or (
+        expect.incarnation not in {None, incarnation}
+    ):
+        return Progress(differs="the slot is filling with another copy")
+    return Progress(arrived=arrived)
 
 
 def _show(value: bytes | int) -> str:

@@ -1,31 +1,39 @@
-"""What the engine's owner thread does with reads: post, poll, verify, hold back, end.
+"""What the engine's owner thread does with reads: queue, post, poll, retry, give up.
 
 Single-threaded: every method is called by the owner alone (verifier and storage threads report
-through the engine's queue). It moves bytes through a backend and a storage reader and must not
-know threads or how anyone waits.
+through the engine's queue). It moves bytes through a backend and a storage reader; what becomes of
+them when they have landed is `arrivals.py`. It must not know threads or how anyone waits.
 
-**Quarantine.** A timeout or cancel ends the ticket at once. Chunks that were posted live on: their
-slots are QUARANTINED and their handles are polled until the backend says done or error; only then
-are handle and slots given back. Chunks that were never posted, or whose bytes have landed, free
-their slots at once, because nothing can write to them.
+**Quarantine.** A timeout or cancel ends the ticket at once. What was posted lives on: its slots are
+QUARANTINED and its handle is polled until the backend says done or error; only then are handle and
+slots given back. Slots without a post in flight are free at once, because nothing can write there.
+
+**Retry.** A track whose source failed waits until nothing of that attempt can land any more, then
+joins the queue of its next source with the same slot.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import TransportError
-from hotset.transport.base import FileItem, ItemResult, PostState, ReadItem, Status
-from hotset.transport.batch import Chunk, Job, Stage, Verdict, judge, judge_files, spans, split
-from hotset.transport.fused import read_fused
-from hotset.transport.header import HEADER_BYTES
+from hotset.transport.arrivals import Arrivals, Check
+from hotset.transport.base import FileItem, ItemResult, ReadItem, Span, Status
+from hotset.transport.flights import Flights
+from hotset.transport.fused import Fused
+from hotset.transport.job import Job, Pieces, Post, Stage, Track, spans
+from hotset.transport.judge import judge_files
+from hotset.transport.link import Link
+from hotset.transport.looks import FOLLOW_BYTES, LOOK_MIN_NS, Looks
+from hotset.transport.pacepage import PacePage
 from hotset.transport.pacing import Pacer
-from hotset.transport.records import Code, Kind
+from hotset.transport.timers import Timers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hotset.transport.base import Backend, PeerInfo
     from hotset.transport.records import Ring
@@ -33,19 +41,9 @@ if TYPE_CHECKING:
     from hotset.transport.storage import StorageJob, StorageReader
     from hotset.transport.ticket import Ticket
 
-IN_FLIGHT_BYTES: Final = 64 << 20  # posted to one peer at a time; the rest waits its turn
-INLINE_BYTES: Final = 512 << 10  # verifying this much costs less than waking another thread
-SPIN_NS: Final = 50_000
-POLL_MIN_NS: Final = 50_000
-POLL_MAX_NS: Final = 1_000_000
-
-_CODES: Final = {
-    Status.DONE: Code.OK,
-    Status.FAILED: Code.FAILED,
-    Status.STALE: Code.STALE,
-    Status.TIMED_OUT: Code.TIMED_OUT,
-    Status.CANCELLED: Code.CANCELLED,
-}
+STORAGE: Final = "storage"
+"""Name of the source of file reads in outcomes and rows."""
+STREAM_BYTES: Final = 1 << 20  # pieces on the way down a chain of stores
 
 
 class Mover:
@@ -61,29 +59,41 @@ class Mover:
         pacer: Pacer | None,
         time_scale: float,
         describe: Callable[[bytes], tuple[int, int]] | None,
-        verify: Callable[[Chunk], None],
-        files_ended: Callable[[Chunk], None],
+        verify: Callable[[Check], None],
+        files_ended: Callable[[Post], None],
     ) -> None:
-        """`verify` hands a chunk to the verifier, `files_ended` a notice to the owner."""
+        """`verify` hands a check to the verifier, `files_ended` a notice to the owner."""
         self._slab = slab
         self._backend = backend
-        self._ring = ring
         self._storage = storage
-        self._pacer = pacer
+        self._own_pacers = () if pacer is None else (pacer,)
         self._time_scale = time_scale
-        self._describe = describe
-        self._verify = verify
         self._files_ended = files_ended
-        self._peers: dict[str, PeerInfo] = {}
-        self._pacers: dict[str, Pacer] = {}
-        self._posted_bytes: dict[str, int] = {}
+        self._timers = Timers()
+        self._arrivals = Arrivals(
+            slab=slab,
+            ring=ring,
+            timers=self._timers,
+            owner=self,
+            describe=describe,
+            verify=verify,
+        )
+        self._fused = None if backend is None else Fused(backend, slab)
+        self._links: dict[str, Link] = {}
+        self._looks = Looks(slab)
         self.jobs: dict[Ticket, Job] = {}
-        self.quarantine: dict[int, Chunk] = {}  # by id
-        self._queued: list[Chunk] = []
-        self._posted: list[Chunk] = []
-        self._held: list[Chunk] = []
+        self._flights = Flights(backend=backend, slab=slab, timers=self._timers, owner=self)
         self._deadlines: list[tuple[int, int, Job]] = []
-        self._last_progress_ns = 0
+        self._link_free_ns = 0  # when an emulated link lets the next post go; 0: none waits
+        if storage is not None:
+            pacers = () if storage.pacer is None else (storage.pacer,)
+            link = self._links[STORAGE] = Link(STORAGE, pacers=(*pacers, *self._own_pacers))
+            link.is_files = True
+
+    @property
+    def quarantine(self) -> dict[int, Post]:
+        """Posts that nobody waits for, by id."""
+        return self._flights.quarantine
 
     # --- peers ------------------------------------------------------------------------------------
 
@@ -94,37 +104,51 @@ class Mover:
                 "this engine reads files only", remedy="give it a backend to read peers"
             )
         self._backend.connect(peer)
-        if self._peers.get(peer.name) != peer:
-            self._pacers.pop(peer.name, None)
-            if peer.link is not None and peer.link.emulated:
-                self._pacers[peer.name] = Pacer(
-                    peer.link.bandwidth_bytes_per_s, peer.link.latency_ns, self._time_scale
-                )
-        self._peers[peer.name] = peer
+        link = self._link(peer.name)
+        if link.peer == peer:
+            return
+        link.peer = peer
+        link.pacers, link.profile_rate = self._own_pacers, 0
+        if peer.link is not None and peer.link.emulated:
+            page = PacePage.open(peer.pace, peer.name) if peer.pace else None
+            pacer = Pacer(peer.link, time_scale=self._time_scale, page=page)
+            link.pacers = (pacer, *self._own_pacers)
+            link.profile_rate = int(peer.link.bandwidth_bytes_per_s / self._time_scale)
 
     def disconnect(self, name: str) -> None:
         """Forget a peer; queued reads from it will fail, posted ones go on."""
         if self._backend is not None:
             self._backend.disconnect(name)
-        self._peers.pop(name, None)
-        self._pacers.pop(name, None)
+        link = self._links.get(name)
+        if link is not None:
+            link.peer = None
+            self._forget_if_idle(link)
+
+    def _link(self, name: str) -> Link:
+        link = self._links.get(name)
+        if link is None:
+            link = self._links[name] = Link(name)
+        return link
+
+    def _forget_if_idle(self, link: Link) -> None:
+        if link.peer is None and link.idle and not link.is_files:
+            self._links.pop(link.name, None)
 
     # --- from outside -----------------------------------------------------------------------------
 
     def add(self, job: Job) -> None:
         """Take a job on; its slots are FILLING."""
         job.results = [None] * len(job.items)
-        job.chunks = (
-            [Chunk(job, 0, job.items, job.nbytes)]
-            if job.items and isinstance(job.items[0], FileItem)
-            else split(job)
-        )
-        job.open_chunks = len(job.chunks)
+        job.open_tracks = len(job.items)
         self.jobs[job.ticket] = job
         heapq.heappush(self._deadlines, (job.deadline_ns, job.ticket.transfer_id, job))
-        self._queued.extend(job.chunks)
-        if not job.chunks:
-            self._finish(job)
+        if not job.items:
+            self.job_ended(job)
+            return
+        for index, item in enumerate(job.items):
+            track = Track(job, index, item, item.others if isinstance(item, ReadItem) else ())
+            job.tracks.append(track)
+            self._queue(track)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a ticket as CANCELLED; nothing happens when it has ended."""
@@ -132,26 +156,22 @@ class Mover:
         if job is not None:
             self._give_up(job, Status.CANCELLED, "the caller gave up")
 
-    def verified(self, chunk: Chunk, verdicts: list[Verdict]) -> None:
+    def checked(self, check: Check) -> None:
         """Take the verifier's answer."""
-        if chunk.stage is not Stage.VERIFYING:
-            return  # given up meanwhile, its slots are free already
-        chunk.verdicts = verdicts
-        chunk.stage = Stage.HELD
-        self._held.append(chunk)
+        self._arrivals.checked(check)
 
-    def files_ended(self, chunk: Chunk) -> None:
+    def files_ended(self, post: Post) -> None:
         """Take the storage reader's answer: no thread touches the slots any more."""
-        if chunk.quarantined:
-            self._restore(chunk)
-            return
-        assert chunk.storage is not None  # noqa: S101 - set before the reader started
+        assert post.storage is not None  # noqa: S101 - set before the reader started
         now = time.monotonic_ns()
-        verdicts = judge_files(chunk, chunk.storage)
-        pacer = None if self._storage is None else self._storage.pacer
-        self._landed(chunk, now, pacer)
-        chunk.stage = Stage.VERIFYING
-        self.verified(chunk, verdicts)
+        post.link.ended(post, now)
+        verdicts = judge_files(post.tracks, post.storage)
+        self._flights.settle(post)
+        for track, verdict in zip(post.tracks, verdicts, strict=True):
+            if track.stage is Stage.WAITING:
+                track.landed_ns = now
+                track.release_ns = post.release_ns
+                self._arrivals.judged(track, STORAGE, verdict)
 
     def give_up_all(self) -> None:
         """Cancel every ticket; what was posted goes to quarantine."""
@@ -166,7 +186,7 @@ class Mover:
                     job.results[index] = ItemResult(
                         status=Status.FAILED, dest=item.dest, error=error
                     )
-            self._finish(job)
+            self.job_ended(job)
 
     # --- the owner's turn -------------------------------------------------------------------------
 
@@ -174,13 +194,11 @@ class Mover:
         """Do what is due. Returns ns until the next turn: 0 at once, None when a message wakes."""
         self._expire(time.monotonic_ns())  # first: what is late is not posted
         posted = self._post_next()
-        if self._posted:
-            self._poll()
+        self._flights.poll()
         now = time.monotonic_ns()
-        if self._held:
-            self._release_held(now)
+        self._timers.run(now)
         if posted:
-            self._last_progress_ns = now
+            self._flights.last_progress_ns = now
             return 0
         return self._rest(now)
 
@@ -188,232 +206,279 @@ class Mover:
         while self._deadlines and self._deadlines[0][2].ticket not in self.jobs:
             heapq.heappop(self._deadlines)
         waits = []
-        if self._posted:
-            since = now - self._last_progress_ns
-            poll = 0 if since < SPIN_NS else min(POLL_MAX_NS, max(POLL_MIN_NS, since // 4))
+        poll = self._flights.rest_ns(now)
+        if poll is not None:
             waits.append(poll)
         if self._deadlines:
             waits.append(max(0, self._deadlines[0][0] - now))
-        waits.extend(max(0, chunk.release_ns - now) for chunk in self._held)
+        if self._link_free_ns:
+            waits.append(max(0, self._link_free_ns - now))
+        due = self._timers.next_ns()
+        if due is not None:
+            waits.append(max(0, due - now))
         return min(waits) if waits else None
 
-    def _post_next(self) -> bool:
-        """Post the chunk with the earliest deadline whose peer has room.
+    # --- posting ----------------------------------------------------------------------------------
 
-        So a demand read waits for at most one chunk of a prefetch that came before it.
+    def _queue(self, track: Track) -> None:
+        """Join the queue of the track's source; of all its sources when it is striped."""
+        item = track.item
+        if isinstance(item, FileItem):
+            self._link(STORAGE).push(track)
+            return
+        striped = item.stripe and track.attempt == 0 and bool(track.rest)
+        names = [track.peer, *(copy.peer for copy in track.rest)] if striped else [track.peer]
+        if track.pieces is None and (striped or item.follow or item.stream):
+            track.pieces = Pieces(end=track.slot_bytes, bare=True)
+        if track.pieces is not None:
+            track.pieces.known.update(dict.fromkeys(names, 0))
+        for name in names:
+            self._link(name).push(track)
+
+    def _post_next(self) -> bool:
+        """Post the most urgent piece whose link has credits. True when there may be more to do.
+
+        So a demand read waits for at most one piece of a prefetch that came before it.
         """
-        best: Chunk | None = None
-        for chunk in self._queued:
-            busy = self._posted_bytes.get(chunk.job.peer, 0)
-            full = busy > 0 and busy + chunk.nbytes > IN_FLIGHT_BYTES
-            if not full and (best is None or chunk.job.deadline_ns < best.job.deadline_ns):
-                best = chunk
+        now = time.monotonic_ns()
+        best: Link | None = None
+        best_order = (0, 0, 0, 0)
+        self._link_free_ns = 0
+        for link in self._links.values():
+            head = link.head()
+            if head is None or not link.has_room(head[0]):
+                continue
+            if link.pacers and (wait := link.wait_ns(now, imminent=head[0] == 0)):
+                self._link_free_ns = min(self._link_free_ns or now + wait, now + wait)
+                continue
+            if best is None or head[:4] < best_order:
+                best, best_order = link, head[:4]
         if best is None:
             return False
-        self._queued.remove(best)
         self._post(best)
         return True
 
-    def _post(self, chunk: Chunk) -> None:
-        chunk.posted_ns = time.monotonic_ns()
-        chunk.job.first_post_ns = chunk.job.first_post_ns or chunk.posted_ns
-        if isinstance(chunk.items[0], FileItem):
-            self._post_files(chunk)
-            return
-        peer = chunk.job.peer
-        info = self._peers.get(peer)
-        if info is None or self._backend is None:
-            self._end_all(chunk, Status.FAILED, f"store {peer!r} is not connected")
-            return
-        if self._drop_out_of_range(chunk, info):
-            return
-        if self._backend.copies_in_call(peer):
-            self._read_in_call(chunk)
-            return
-        try:
-            chunk.handle = self._backend.post(peer, spans(chunk.items))
-        except TransportError as error:
-            self._end_all(chunk, Status.FAILED, str(error))
-            return
-        chunk.stage = Stage.POSTED
-        self._posted.append(chunk)
-        self._posted_bytes[peer] = self._posted_bytes.get(peer, 0) + chunk.nbytes
+    def _post(self, link: Link) -> None:
+        track = link.pop()
+        if link.is_files:
+            self._post_files(link, link.pop_group(track))
+        elif isinstance(track.item, FileItem):
+            self._arrivals.end(track, Status.FAILED, "this engine has no storage reader")
+        elif error := self._unreadable(track, link):
+            self._lose(track, link.name, Status.FAILED, error)
+            self._forget_if_idle(link)
+        elif link.is_small(track):
+            group = [t for t in link.pop_group(track) if self._check_range(t, link)]
+            nbytes = sum(t.item.expect.nbytes for t in group)
+            self._send(
+                Post(link=link, tracks=group, nbytes=nbytes, priority=track.job.priority),
+                spans(group, link.name),
+            )
+        else:
+            self._post_piece(link, track)
 
-    def _read_in_call(self, chunk: Chunk) -> None:
+    def _unreadable(self, track: Track, link: Link) -> str:
+        if link.peer is None or self._backend is None:
+            return f"store {link.name!r} is not connected"
+        most = link.peer.nbytes - track.slot_bytes
+        if not 0 <= track.remote_offset(link.name) <= most:
+            return f"the slot is outside of store {link.name!r}'s slab"
+        return ""
+
+    def _check_range(self, track: Track, link: Link) -> bool:
+        """Whether it lies in the peer's slab; a bad one fails alone."""
+        error = self._unreadable(track, link)
+        if error:
+            self._lose(track, link.name, Status.FAILED, error)
+        return not error
+
+    def _post_piece(self, link: Link, track: Track) -> None:
+        pieces = track.pieces
+        if pieces is None:
+            pieces = track.pieces = Pieces(end=track.slot_bytes, bare=False)
+        if not pieces.todo:
+            if track.posts == 0:  # the last piece landed while the source was given up
+                self._arrivals.piece_landed(track, link.name, alone=True)
+            return
+        if pieces.bare and link.name not in pieces.known:
+            return
+        ready = pieces.available(link.name)
+        if pieces.bare and ready < min(FOLLOW_BYTES, pieces.todo[0][1] - pieces.todo[0][0]):
+            self._look(link, track, pieces)
+            return
+        assert isinstance(track.item, ReadItem)  # noqa: S101 - files are not cut
+        most = STREAM_BYTES if track.item.stream or track.item.follow else ready
+        begin, end = pieces.take(min(ready, most, link.piece_bytes(pieces.left)))
+        if pieces.todo:
+            link.push(track)  # the rest competes anew
+        span = Span(
+            local_offset=track.item.dest.offset + begin,
+            remote_offset=track.remote_offset(link.name) + begin,
+            nbytes=end - begin,
+        )
+        priority = track.job.priority
+        post = Post(link=link, tracks=[track], nbytes=end - begin, priority=priority)
+        post.begin, post.end, post.pieces = begin, end, pieces
+        self._send(post, [span])
+
+    def _look(self, link: Link, track: Track, pieces: Pieces) -> None:
+        """Read the header of a source into a scratch cell."""
+        post = self._looks.take(link, track, pieces)
+        if post is None:
+            self._timers.add(time.monotonic_ns() + LOOK_MIN_NS, partial(link.push, track))
+            return
+        self._send(post, [self._looks.span(post)])
+
+    def _send(self, post: Post, parts: Sequence[Span]) -> None:
+        if not post.tracks:
+            return
+        assert self._backend is not None and self._fused is not None  # noqa: PT018, S101 - checked
+        link, job = post.link, post.tracks[0].job
+        post.posted_ns = time.monotonic_ns()
+        if post.cell < 0:
+            link.posted(post, queued_ns=job.submitted_ns)
+        for track in post.tracks:
+            track.first_ns = track.first_ns or post.posted_ns
+        try:
+            if post.cell < 0 and self._backend.copies_in_call(link.name):
+                self._read_in_call(post)
+                return
+            post.handle = self._backend.post(link.name, parts)
+        except TransportError as error:
+            link.ended(post, time.monotonic_ns())
+            if post.cell >= 0:
+                self._looks.put_back(post)
+            self.post_failed(post, str(error))
+            return
+        self._flights.add(post)
+
+    def _read_in_call(self, post: Post) -> None:
         """Copy and verify now; nothing is in flight between, so nothing can be abandoned."""
-        assert self._backend is not None  # noqa: S101 - the caller asked it
-        peer = chunk.job.peer
-        try:
-            fused = read_fused(self._backend, self._slab, peer, chunk.items)
-        except TransportError as error:
-            self._end_all(chunk, Status.FAILED, str(error))
-            return
+        fused = self._fused
+        assert fused is not None  # noqa: S101 - the caller has a backend
+        verdicts = [] if post.end else fused.read_slots(post)
+        if post.end:
+            fused.read_piece(post)
         landed = time.monotonic_ns() - fused.verify_ns  # copying and hashing took turns
-        self._landed(chunk, landed, self._pacers.get(peer))
-        chunk.stage = Stage.VERIFYING
-        self.verified(chunk, fused.verdicts)
-
-    def _drop_out_of_range(self, chunk: Chunk, peer: PeerInfo) -> bool:
-        """Fail items outside the peer's slab alone; the rest is queued anew. True when any."""
-        outside = [
-            not 0 <= item.remote_offset <= peer.nbytes - HEADER_BYTES - item.expect.nbytes
-            for item in chunk.items
-            if isinstance(item, ReadItem)
-        ]
-        if not any(outside):
-            return False
-        job = chunk.job
-        parts = [
-            Chunk(job, chunk.first + index, [item], item.expect.nbytes)
-            for index, item in enumerate(chunk.items)
-        ]
-        job.chunks.remove(chunk)
-        job.chunks.extend(parts)
-        job.open_chunks += len(parts) - 1
-        self._queued.extend(part for part, bad in zip(parts, outside, strict=True) if not bad)
-        for part, bad in zip(parts, outside, strict=True):
-            if bad:
-                error = f"the slot is outside of store {peer.name!r}'s slab"
-                self._end_all(part, Status.FAILED, error)
-        return True
-
-    def _post_files(self, chunk: Chunk) -> None:
-        files = [item for item in chunk.items if isinstance(item, FileItem)]
-        if self._storage is None:
-            self._end_all(chunk, Status.FAILED, "this engine has no storage reader")
+        post.link.ended(post, time.monotonic_ns(), verify_ns=fused.verify_ns)
+        for track in post.tracks:
+            track.landed_ns = landed
+            track.release_ns = max(track.release_ns, post.release_ns)
+        if post.end:
+            self._arrivals.piece_landed(post.tracks[0], post.link.name, alone=True)
             return
-        chunk.stage = Stage.POSTED
+        for track, verdict in zip(post.tracks, verdicts, strict=True):
+            self._arrivals.judged(track, post.link.name, verdict)
+
+    def _post_files(self, link: Link, tracks: list[Track]) -> None:
+        assert self._storage is not None  # noqa: S101 - only then the link exists
+        files = [track.item for track in tracks if isinstance(track.item, FileItem)]
+        nbytes = sum(item.expect.nbytes for item in files)
+        post = Post(link=link, tracks=tracks, nbytes=nbytes, priority=tracks[0].job.priority)
+        post.posted_ns = time.monotonic_ns()
+        link.posted(post, queued_ns=tracks[0].job.submitted_ns)
+        for track in tracks:
+            track.first_ns = post.posted_ns
+        self._flights.add(post)
 
         def ended(job: StorageJob) -> None:
-            chunk.storage = job
-            self._files_ended(chunk)
+            post.storage = job
+            self._files_ended(post)
 
-        chunk.storage = self._storage.submit(files, self._slab, ended)
+        post.storage = self._storage.submit(files, self._slab, ended)
 
-    def _poll(self) -> None:
-        assert self._backend is not None  # noqa: S101 - posted chunks came through it
-        still: list[Chunk] = []
-        posted, self._posted = self._posted, still
-        for chunk in posted:
-            state, error = self._backend.poll(chunk.handle)
-            if state is PostState.PENDING:
-                still.append(chunk)
-                continue
-            self._last_progress_ns = time.monotonic_ns()
-            self._wire_ended(chunk, state, error)
+    # --- what flights tell ------------------------------------------------------------------------
 
-    def _wire_ended(self, chunk: Chunk, state: PostState, error: str) -> None:
-        assert self._backend is not None  # noqa: S101 - as above
-        now = time.monotonic_ns()
-        peer = chunk.job.peer
-        self._posted_bytes[peer] -= chunk.nbytes
-        grace = self._backend.error_grace_ns if state is PostState.ERROR else 0
-        if not grace:
-            self._backend.release(chunk.handle)
-        if chunk.quarantined and not grace:
-            self._restore(chunk)
-        elif state is PostState.ERROR:
-            self._wire_failed(chunk, error, release_ns=now + grace if grace else 0)
+    def post_landed(self, post: Post, alive: list[Track], now_ns: int) -> None:
+        """The bytes of a post are here."""
+        peer = post.link.name
+        for track in alive:
+            track.landed_ns = now_ns
+            track.release_ns = max(track.release_ns, post.release_ns)
+        if post.cell >= 0:
+            for track in alive:
+                self._looked(post, track)
+            return
+        alone = self._flights.empty and all(link.head() is None for link in self._links.values())
+        if post.pieces is None:
+            if alive:
+                self._arrivals.slots_landed(alive, peer, nbytes=post.nbytes, alone=alone)
+            return
+        post.pieces.landed(post.begin, post.end)
+        for track in alive:
+            self._arrivals.piece_landed(track, peer, alone=alone)
+
+    def _looked(self, post: Post, track: Track) -> None:
+        link, pieces = post.link, post.pieces
+        assert pieces is not None  # noqa: S101 - only pieces look
+        if track.pieces is not pieces or link.name not in pieces.known:
+            return
+        wait_ns, differs = self._looks.judge(post, track, pieces)
+        if differs:
+            self._lose(track, link.name, Status.STALE, differs)
+        elif wait_ns:
+            self._timers.add(time.monotonic_ns() + wait_ns, partial(link.push, track))
         else:
-            self._landed(chunk, now, self._pacers.get(peer))
-            chunk.stage = Stage.VERIFYING
-            if chunk.nbytes <= INLINE_BYTES or not (self._queued or self._posted):
-                self.verified(chunk, judge(self._slab, chunk))
-            else:
-                self._verify(chunk)
+            link.push(track)
 
-    def _wire_failed(self, chunk: Chunk, error: str, *, release_ns: int) -> None:
-        """End the items now; with a grace, keep their slots from reuse until it has passed."""
-        chunk.job.last_wire_ns = time.monotonic_ns()
-        if not release_ns:
-            self._end_all(chunk, Status.FAILED, error)
+    def post_settled(self, post: Post) -> None:
+        """Nothing of a post can land any more."""
+        if post.cell >= 0:
+            self._looks.put_back(post)
+        self._forget_if_idle(post.link)
+
+    # --- failures ---------------------------------------------------------------------------------
+
+    def post_failed(self, post: Post, error: str) -> None:
+        """A post ended, or never began, without its bytes."""
+        if post.end and post.pieces is not None:
+            begin = max(post.begin, post.pieces.arrived)
+            if begin < post.end:
+                post.pieces.give_back(begin, post.end)
+        for track in post.tracks:
+            if track.stage is Stage.WAITING:
+                self._lose(track, post.link.name, Status.FAILED, error)
+
+    def source_failed(self, track: Track, peer: str, status: Status, error: str) -> None:
+        """Judge says no: what landed from `peer` is not what was asked for."""
+        self._advance(track, status, error, keep=False, peer=peer)
+
+    def _lose(self, track: Track, peer: str, status: Status, error: str) -> None:
+        """A source of a waiting track is lost. Stripes go on with the others."""
+        pieces = track.pieces
+        if pieces is not None and pieces.bare:
+            pieces.known.pop(peer, None)
+            for name in pieces.known:
+                self._link(name).push(track)
+            if pieces.known:
+                return
+        self._advance(track, status, error, keep=pieces is not None and pieces.bare, peer=peer)
+
+    def _advance(self, track: Track, status: Status, error: str, *, keep: bool, peer: str) -> None:
+        """Go on to the next source, or end the track."""
+        pieces = track.pieces
+        if not track.next_source():
+            self._arrivals.end(track, status, f"{peer}: {error}" if track.attempt else error)
             return
-        chunk.release_ns = release_ns
-        self._held.append(chunk)
-        if not chunk.quarantined:
-            self._abandon(chunk, Status.FAILED, error)
+        if keep:
+            track.pieces = pieces  # content is the same everywhere: what has landed counts
+        track.stage = Stage.RETIRING
+        if track.posts == 0:
+            self.requeue(track)
 
-    def _landed(self, chunk: Chunk, now: int, pacer: Pacer | None) -> None:
-        """Note when the bytes are there, or when the emulated links let them be there."""
-        chunk.release_ns = now
-        for link in (pacer, self._pacer):
-            if link is not None:
-                delay = link.delay_ns(chunk.nbytes, now, started_ns=chunk.posted_ns)
-                chunk.release_ns = max(chunk.release_ns, now + delay)
-        chunk.job.last_wire_ns = max(chunk.job.last_wire_ns, chunk.release_ns)
+    def requeue(self, track: Track) -> None:
+        """Join the queue of the next source: nothing of the former one can land any more."""
+        track.stage = Stage.WAITING
+        self._queue(track)
 
-    def _release_held(self, now: int) -> None:
-        due = [chunk for chunk in self._held if chunk.release_ns <= now]
-        if not due:
-            return
-        self._held = [chunk for chunk in self._held if chunk.release_ns > now]
-        for chunk in due:
-            if chunk.quarantined:  # the grace after an error has passed
-                assert self._backend is not None  # noqa: S101 - as above
-                self._backend.release(chunk.handle)
-                self._restore(chunk)
-            elif chunk.stage is Stage.HELD:
-                self._publish(chunk)
+    def track_abandoned(self, track: Track) -> None:
+        """Posts of an ended track are still in flight."""
+        self._flights.abandon(track)
 
-    # --- ends -------------------------------------------------------------------------------------
-
-    def _publish(self, chunk: Chunk) -> None:
-        job = chunk.job
-        for index, (item, verdict) in enumerate(zip(chunk.items, chunk.verdicts, strict=True)):
-            generation = 0
-            if verdict.status is Status.DONE:
-                generation = self._slab.publish(
-                    item.dest,
-                    key=item.expect.key,
-                    format_code=item.expect.format_code,
-                    nbytes=item.expect.nbytes,
-                    checksum=verdict.checksum,
-                    epoch=verdict.epoch,
-                    pins=1,
-                )
-            else:
-                self._slab.fail(item.dest)
-            job.results[chunk.first + index] = ItemResult(
-                status=verdict.status,
-                dest=item.dest,
-                checksum=verdict.checksum,
-                generation=generation,
-                error=verdict.error,
-            )
-        self._close(chunk)
-
-    def _end_all(self, chunk: Chunk, status: Status, error: str) -> None:
-        """End a chunk that nothing writes to; its slots are free at once."""
-        for index, item in enumerate(chunk.items):
-            self._slab.fail(item.dest)
-            chunk.job.results[chunk.first + index] = ItemResult(
-                status=status, dest=item.dest, error=error
-            )
-        self._close(chunk)
-
-    def _abandon(self, chunk: Chunk, status: Status, error: str) -> None:
-        """End a chunk that something may still write to; slots and handle are quarantined."""
-        chunk.quarantined = True
-        self.quarantine[id(chunk)] = chunk
-        if chunk.storage is not None:
-            chunk.storage.cancelled = True
-        for index, item in enumerate(chunk.items):
-            self._slab.abandon(item.dest)
-            chunk.job.results[chunk.first + index] = ItemResult(
-                status=status, dest=item.dest, error=error
-            )
-        self._close(chunk)
-
-    def _restore(self, chunk: Chunk) -> None:
-        del self.quarantine[id(chunk)]
-        for item in chunk.items:
-            self._slab.restore(item.dest)
-
-    def _close(self, chunk: Chunk) -> None:
-        chunk.stage = Stage.ENDED
-        chunk.job.open_chunks -= 1
-        if chunk.job.open_chunks == 0:
-            self._finish(chunk.job)
+    def job_ended(self, job: Job) -> None:
+        """Tell the caller; every item has its result."""
+        del self.jobs[job.ticket]
+        job.ticket._finish(job.outcome(now_ns=time.monotonic_ns()))  # noqa: SLF001 - its other half
 
     def _expire(self, now: int) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -422,39 +487,7 @@ class Mover:
                 self._give_up(job, Status.TIMED_OUT, "the deadline passed")
 
     def _give_up(self, job: Job, status: Status, error: str) -> None:
-        """End what has not ended: posted chunks go to quarantine, the others free their slots."""
-        gone = [chunk for chunk in job.chunks if chunk.stage is not Stage.ENDED]
-        self._queued = [chunk for chunk in self._queued if chunk.job is not job]
-        self._held = [c for c in self._held if c.job is not job or c.quarantined]
-        for chunk in gone:
-            if chunk.stage is Stage.POSTED:
-                self._abandon(chunk, status, error)
-            else:
-                self._end_all(chunk, status, error)
-
-    def _finish(self, job: Job) -> None:
-        del self.jobs[job.ticket]
-        outcome = job.outcome(now_ns=time.monotonic_ns())
-        source, reason = self._ring.name(job.peer), self._ring.name(job.reason)
-        for index, (item, result) in enumerate(zip(job.items, outcome.items, strict=True)):
-            layer, expert = self._describe(item.expect.key) if self._describe else (-1, -1)
-            self._ring.append(
-                Kind.TRANSFER,
-                code=_CODES[result.status],
-                source=source,
-                format_code=item.expect.format_code,
-                layer=layer,
-                index=expert,
-                start_ns=outcome.started_ns,
-                end_ns=outcome.ended_ns,
-                row_id=outcome.transfer_id + index,
-                parent=job.parent,
-                trace_hi=job.trace[0],
-                trace_lo=job.trace[1],
-                nbytes=item.expect.nbytes,
-                queue_ns=outcome.queue_ns,
-                wire_ns=outcome.wire_ns,
-                verify_ns=outcome.verify_ns,
-                reason=reason,
-            )
-        job.ticket._finish(outcome)  # noqa: SLF001 - the ticket's other half
+        """End what has not ended: what is posted goes to quarantine, other slots are free."""
+        for track in job.tracks:
+            if track.stage is not Stage.ENDED:
+                self._arrivals.end(track, status, error)

@@ -57,12 +57,13 @@ ROW = np.dtype(
         ("queue_ns", "<i8"),
         ("wire_ns", "<i8"),
         ("verify_ns", "<i8"),
+        ("activate_ns", "<i8"),
         ("reason", "<u2"),  # index into the ring's name table
         ("used", "<u2"),  # 1 when compute used the bytes, 0 when unknown
         ("attempt", "<u4"),
     ]
 )
-_PACK = struct.Struct("<HHHHiiqqQQQQQqqqqHHI")
+_PACK = struct.Struct("<HHHHiiqqQQQQQqqqqqHHI")
 assert _PACK.size == ROW.itemsize  # noqa: S101 - the two descriptions of a row must agree
 
 
@@ -119,6 +120,7 @@ class Ring:
         queue_ns: int = 0,
         wire_ns: int = 0,
         verify_ns: int = 0,
+        activate_ns: int = 0,
         reason: int = NO_NAME,
         used: int = 0,
         attempt: int = 0,
@@ -130,7 +132,7 @@ class Ring:
                 (self._written % self._capacity) * ROW.itemsize,
                 kind, code, source, format_code, layer, index, start_ns, end_ns,
                 row_id, waits_for, parent, trace_hi, trace_lo, nbytes,
-                queue_ns, wire_ns, verify_ns, reason, used, attempt,
+                queue_ns, wire_ns, verify_ns, activate_ns, reason, used, attempt,
             )  # fmt: skip
             self._written += 1
 

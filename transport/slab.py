@@ -10,6 +10,9 @@ oldest first, which gives remote readers of a retired copy the longest time to f
                      FILLING -fail-> FREE
                      FILLING -abandon-> QUARANTINED -restore-> FREE
 
+Behind the slots lie SCRATCH_CELLS headers' worth of scratch, where a reader looks at a peer's
+header before its payload. A FILLING slot may carry a progress header, so that readers follow it.
+
 Invariants: a header is valid only in READY (FILLING slots may hold what a backend writes); a
 header is written last and voided first; generations only grow; used bytes never exceed the
 budget; a `Slot` is good for one use of its memory, a later use has another serial, and any move
@@ -26,14 +29,17 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import ConfigError, InvalidTransition
-from hotset.transport.header import HEADER_BYTES, VOID, Header, pack
+from hotset.transport.header import HEADER_BYTES, VOID, Header, pack, pack_progress
 from hotset.transport.memory import DeviceMemory, HostMemory, Memory
 
 if TYPE_CHECKING:
     import torch
     from _typeshed import ReadableBuffer
 
+    from hotset.transport.base import Expect
+
 ALIGN: Final = 64  # bytes; payloads start on a cache line
+SCRATCH_CELLS: Final = 64
 
 
 class SlotState(IntEnum):
@@ -103,9 +109,11 @@ class Slab:
             )
         self.capacity_bytes = self.super_slots * self.stride_bytes
         self.memory: Memory = (
-            HostMemory(self.capacity_bytes, name=name)
+            HostMemory(self.capacity_bytes + SCRATCH_CELLS * HEADER_BYTES, name=name)
             if device == "cpu"
-            else DeviceMemory(self.capacity_bytes, device=device, name=name)
+            else DeviceMemory(
+                self.capacity_bytes + SCRATCH_CELLS * HEADER_BYTES, device=device, name=name
+            )
         )
         self._lock = threading.Lock()
         units = 2 * self.super_slots
@@ -127,7 +135,7 @@ class Slab:
 
     @property
     def nbytes(self) -> int:
-        """Length of the registered region (the budget rounded up to 2 MiB)."""
+        """Length of the registered region (budget and scratch, rounded up to 2 MiB)."""
         return self.memory.nbytes
 
     @property
@@ -249,6 +257,13 @@ class Slab:
             self._release(slot.unit)
             return True
 
+    def show_progress(self, slot: Slot, expect: Expect, *, arrived: int) -> None:
+        """Tell readers that follow a FILLING slot how many payload bytes have come, in order."""
+        with self._lock:
+            self._require(slot, SlotState.FILLING, "show the progress of")
+            header = pack_progress(expect, arrived=arrived, incarnation=self.incarnation)
+            self.memory.write(slot.offset, header)
+
     def fail(self, slot: Slot) -> None:
         """Give back a slot that nothing writes to any more: FILLING -> FREE."""
         self._give_back(slot, SlotState.FILLING, "fail")
@@ -284,6 +299,10 @@ class Slab:
     def torch_view(self, slot: Slot, nbytes: int | None = None) -> torch.Tensor:
         """torch.uint8 [nbytes] view of the payload, zero-copy, on the slab's device."""
         return self.memory.torch_view(slot.payload_offset, self._length(slot, nbytes))
+
+    def scratch_offset(self, cell: int) -> int:
+        """Offset of one of the SCRATCH_CELLS headers behind the slots."""
+        return self.capacity_bytes + cell * HEADER_BYTES
 
     def header(self, slot: Slot) -> Header | None:
         """Read the slot's header; None while it is void."""

@@ -62,7 +62,7 @@ def test_times_add_up_and_rows_tell_each_item(world: World) -> None:
         "source", items, deadline_ns=deadline(), trace=(11, 12), parent=13, reason="demand"
     )
     outcome = ticket.wait()
-    life = outcome.queue_ns + outcome.wire_ns + outcome.verify_ns
+    life = outcome.queue_ns + outcome.wire_ns + outcome.verify_ns + outcome.activate_ns
     assert life == outcome.ended_ns - outcome.started_ns
     assert before <= outcome.started_ns <= time.time_ns()
     rows = np.frombuffer(world.sink.ring.drain(), dtype=ROW)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hotset.transport.base import Status
-from hotset.transport.fused import PIECE_BYTES, SMALL_BYTES, read_fused
+from hotset.transport.fused import PART_BYTES
 from hotset.transport.header import HEADER_BYTES, Header, checksum, inspect, pack
 from hotset.transport.shm import ShmBackend
 from tests.transport.peer import FORMAT, Source, Store, build, fill
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 SIZES = [
     100,
-    PIECE_BYTES - HEADER_BYTES,
-    PIECE_BYTES - HEADER_BYTES + 1,
-    SMALL_BYTES,
-    SMALL_BYTES + 1,
-    PIECE_BYTES,
-    PIECE_BYTES + 1,
+    PART_BYTES - HEADER_BYTES,
+    PART_BYTES - HEADER_BYTES + 1,
+    PART_BYTES // 4,
+    PART_BYTES // 4 + 1,
+    PART_BYTES,
+    PART_BYTES + 1,
     200,
-    2 * PIECE_BYTES - HEADER_BYTES,
-    2 * PIECE_BYTES + 12_345,
+    2 * PART_BYTES - HEADER_BYTES,
+    2 * PART_BYTES + 12_345,
 ]
 
 
@@ -85,7 +85,7 @@ def test_all_sizes_land_as_they_are(pair: Pair) -> None:
 @pytest.mark.parametrize("index", range(len(SIZES)), ids=[f"{size}-bytes" for size in SIZES])
 def test_a_flipped_byte_anywhere_fails_its_block_alone(pair: Pair, index: int, place: str) -> None:
     last = SIZES[index] - 1
-    at = {"first": 0, "boundary": min(last, PIECE_BYTES - HEADER_BYTES), "last": last}[place]
+    at = {"first": 0, "boundary": min(last, PART_BYTES - HEADER_BYTES), "last": last}[place]
     _payload(pair, index)[at] ^= 1
     outcome = pair.sink.engine.read("fused", pair.items(), deadline_ns=deadline()).wait()
     statuses = [result.status for result in outcome.items]
@@ -98,19 +98,6 @@ def test_a_long_block_that_is_gone_is_stale(pair: Pair) -> None:
     outcome = pair.sink.engine.read("fused", pair.items(), deadline_ns=deadline()).wait()
     assert [r.status for r in outcome.items[:-1]] == [Status.DONE] * (len(SIZES) - 1)
     assert outcome.items[-1].error == "the slot is void"
-
-
-def test_the_time_of_hashing_is_told_apart(pair: Pair) -> None:
-    backend = ShmBackend()
-    backend.register(pair.sink.slab)
-    backend.connect(pair.source.engine.info())
-    items = pair.items()
-    fused = read_fused(backend, pair.sink.slab, "fused", items)
-    assert [verdict.checksum for verdict in fused.verdicts] == [c.checksum for c in pair.copies]
-    assert fused.verify_ns > 0
-    backend.close()
-    for item in items:
-        pair.sink.slab.fail(item.dest)
 
 
 def _expect_of(copy: Source, pair: Pair) -> tuple[Header, ReadItem]:

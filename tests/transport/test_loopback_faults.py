@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hotset.errors import QuarantineFull, TransferTimeout, TransportError
-from hotset.transport import batch
+from hotset.transport import link as links
 from hotset.transport.base import LinkProfile, Status
 from hotset.transport.engine import Engine
 from hotset.transport.loopback import Fault, LoopbackBackend, LoopbackNetwork
@@ -158,16 +158,16 @@ def test_a_flip_on_the_wire_is_found(pair: Pair) -> None:
     assert pair.submit(pair.source.copies[0]).wait().status is Status.DONE
 
 
-def test_a_job_of_many_chunks_ends_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "CHUNK_BYTES", NBYTES)
+def test_a_job_of_many_posts_ends_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "POST_ITEMS", 1)
     outcome = pair.submit(*pair.source.copies).wait()
     assert outcome.status is Status.DONE
     assert pair.network.posts == 8
     assert [r.checksum for r in outcome.items] == [c.checksum for c in pair.source.copies]
 
 
-def test_only_the_chunks_in_flight_time_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "CHUNK_BYTES", NBYTES)
+def test_only_the_posts_in_flight_time_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "POST_ITEMS", 1)
     pair.network.script(Fault.DELAY)  # the first of three
     outcome = pair.submit(*pair.source.copies[:3], seconds=0.1).wait()
     assert [r.status for r in outcome.items] == [Status.TIMED_OUT, Status.DONE, Status.DONE]
@@ -235,10 +235,10 @@ def test_a_paced_read_can_time_out_and_frees_its_slot() -> None:
 
 
 def test_the_earliest_deadline_goes_first(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "CHUNK_BYTES", NBYTES)
+    monkeypatch.setattr(links, "POST_ITEMS", 1)
     urgent: list[Any] = []
 
-    def submit_urgent() -> None:  # while the first chunk of the long read is on the wire
+    def submit_urgent() -> None:  # while the first post of the long read is on the wire
         urgent.append(pair.submit(pair.source.copies[7], seconds=5))
 
     pair.network.script(Fault.STALE, during=submit_urgent)
@@ -246,7 +246,8 @@ def test_the_earliest_deadline_goes_first(pair: Pair, monkeypatch: pytest.Monkey
     assert long.wait().status is Status.DONE
     assert urgent[0].wait().status is Status.DONE
     rows = np.frombuffer(pair.sink.ring.drain(), dtype=ROW)["row_id"].tolist()
-    assert rows == [urgent[0].transfer_id, *(long.transfer_id + i for i in range(4))]
+    later = [long.transfer_id + index for index in range(4)]
+    assert rows == [later[0], urgent[0].transfer_id, *later[1:]]
 
 
 def test_an_engine_that_never_started_refuses_reads_and_closes() -> None:

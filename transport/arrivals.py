@@ -1,0 +1,236 @@
+"""What happens to bytes that have landed: verified, held back, published; how an item ends.
+
+Single-threaded: every method is called by the engine's owner, but for `Check.run`, which the
+verifier thread calls. It must not know backends, links' queues or how anyone waits.
+
+Invariants: an item ends once, with one result and one row; a slot is READY only after its verdict
+is DONE; a slot that something may still write to is abandoned, every other is given back.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hotset.transport.base import ItemResult, ReadItem, Status
+from hotset.transport.header import HEADER_BYTES
+from hotset.transport.job import Job, Pieces, Stage, Track, Verdict, phases
+from hotset.transport.judge import hash_arrived, judge, judge_pieces
+from hotset.transport.records import Code, Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hotset.transport.records import Ring
+    from hotset.transport.slab import Slab
+    from hotset.transport.timers import Timers
+
+INLINE_BYTES: Final = 512 << 10  # verifying this much costs less than waking another thread
+
+_CODES: Final = {
+    Status.DONE: Code.OK,
+    Status.FAILED: Code.FAILED,
+    Status.STALE: Code.STALE,
+    Status.TIMED_OUT: Code.TIMED_OUT,
+    Status.CANCELLED: Code.CANCELLED,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Check:
+    """Work for the verifier: whole slots, or what has arrived of one in pieces."""
+
+    tracks: Sequence[Track]
+    peer: str
+    pieces: Pieces | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def run(self, slab: Slab) -> None:
+        """Hash; the owner takes the result."""
+        if self.pieces is not None:
+            hash_arrived(slab, self.tracks[0], self.pieces)
+        else:
+            self.verdicts = [judge(slab, track, self.peer) for track in self.tracks]
+
+
+class Owner(Protocol):
+    """What arrivals ask of the mover."""
+
+    def source_failed(self, track: Track, peer: str, status: Status, error: str) -> None:
+        """Try another source, or end the track."""
+
+    def track_abandoned(self, track: Track) -> None:
+        """Posts of an ended track are still in flight."""
+
+    def job_ended(self, job: Job) -> None:
+        """Every item has its result."""
+
+
+class Arrivals:
+    """Verifies, holds back and publishes; ends tracks."""
+
+    def __init__(  # noqa: PLR0913 - the collaborators of the owner thread, by keyword
+        self,
+        *,
+        slab: Slab,
+        ring: Ring,
+        timers: Timers,
+        owner: Owner,
+        describe: Callable[[bytes], tuple[int, int]] | None,
+        verify: Callable[[Check], None],
+    ) -> None:
+        """`verify` hands a check to the verifier, which answers through `checked`."""
+        self._slab = slab
+        self._ring = ring
+        self._timers = timers
+        self._owner = owner
+        self._describe = describe
+        self._verify = verify
+
+    # --- landed -----------------------------------------------------------------------------------
+
+    def slots_landed(self, tracks: Sequence[Track], peer: str, *, nbytes: int, alone: bool) -> None:
+        """Whole slots are here. `alone`: the owner has nothing else to move meanwhile."""
+        for track in tracks:
+            track.stage = Stage.VERIFYING
+        if alone or nbytes <= INLINE_BYTES:
+            for track in tracks:
+                self.judged(track, peer, judge(self._slab, track, peer))
+        else:
+            self._verify(Check(tracks, peer))
+
+    def piece_landed(self, track: Track, peer: str, *, alone: bool) -> None:
+        """More of a slot is here; what is in order is hashed while the rest moves."""
+        pieces, item = track.pieces, track.item
+        assert pieces is not None  # noqa: S101 - the caller's piece
+        if isinstance(item, ReadItem) and item.stream:
+            self._slab.show_progress(
+                item.dest, item.expect, arrived=max(0, pieces.arrived - HEADER_BYTES)
+            )
+        if pieces.hashing:
+            return  # the verifier sees what has arrived meanwhile
+        if not alone and pieces.arrived - pieces.hashed > INLINE_BYTES:
+            pieces.hashing = True
+            self._verify(Check([track], peer, pieces))
+            return
+        if alone or pieces.arrived == pieces.end:
+            hash_arrived(self._slab, track, pieces)
+        self._finish_pieces(track, pieces, peer)
+
+    def checked(self, check: Check) -> None:
+        """Take the verifier's answer."""
+        if check.pieces is None:
+            for track, verdict in zip(check.tracks, check.verdicts, strict=True):
+                if track.stage is Stage.VERIFYING:  # else given up, its slot is free already
+                    self.judged(track, check.peer, verdict)
+            return
+        track, pieces = check.tracks[0], check.pieces
+        pieces.hashing = False
+        if track.stage is Stage.WAITING and track.pieces is pieces:
+            hash_arrived(self._slab, track, pieces)  # what came after the verifier looked
+            self._finish_pieces(track, pieces, check.peer)
+
+    def _finish_pieces(self, track: Track, pieces: Pieces, peer: str) -> None:
+        if pieces.complete and track.stage is Stage.WAITING:
+            track.stage = Stage.VERIFYING
+            self.judged(track, peer, judge_pieces(self._slab, track, pieces, peer))
+
+    def judged(self, track: Track, peer: str, verdict: Verdict) -> None:
+        """Publish good bytes when the link lets go of them; else the source has failed."""
+        if verdict.status is not Status.DONE:
+            self._owner.source_failed(track, peer, verdict.status, verdict.error)
+            return
+        now = time.monotonic_ns()
+        track.verdict = verdict
+        track.verified_ns = now
+        track.landed_ns = max(track.landed_ns, track.release_ns)
+        if track.release_ns > now:
+            track.stage = Stage.HELD
+            self._timers.add(track.release_ns, lambda: self._release(track))
+        else:
+            self._publish(track)
+
+    def _release(self, track: Track) -> None:
+        if track.stage is Stage.HELD:
+            self._publish(track)
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    def _publish(self, track: Track) -> None:
+        item, verdict = track.item, track.verdict
+        assert verdict is not None  # noqa: S101 - judged
+        generation = self._slab.publish(
+            item.dest,
+            key=item.expect.key,
+            format_code=item.expect.format_code,
+            nbytes=item.expect.nbytes,
+            checksum=verdict.checksum,
+            epoch=verdict.epoch,
+            pins=1,
+        )
+        result = ItemResult(
+            status=Status.DONE,
+            dest=item.dest,
+            checksum=verdict.checksum,
+            generation=generation,
+            source=track.peer,
+            attempt=track.attempt,
+        )
+        self._close(track, result)
+
+    def end(self, track: Track, status: Status, error: str) -> None:
+        """End a track without its bytes."""
+        if track.posts:
+            self._slab.abandon(track.item.dest)
+        else:
+            self._slab.fail(track.item.dest)
+        result = ItemResult(
+            status=status,
+            dest=track.item.dest,
+            error=error,
+            source=track.peer,
+            attempt=track.attempt,
+        )
+        self._close(track, result)
+        if track.posts:
+            self._owner.track_abandoned(track)
+
+    def _close(self, track: Track, result: ItemResult) -> None:
+        job = track.job
+        track.stage = Stage.ENDED
+        job.results[track.index] = result
+        job.first_ns = min(job.first_ns or track.first_ns, track.first_ns or job.first_ns)
+        job.landed_ns = max(job.landed_ns, track.landed_ns)
+        job.verified_ns = max(job.verified_ns, track.verified_ns)
+        self._record(track, result)
+        job.open_tracks -= 1
+        if job.open_tracks == 0:
+            self._owner.job_ended(job)
+
+    def _record(self, track: Track, result: ItemResult) -> None:
+        job, item, ring = track.job, track.item, self._ring
+        now = time.monotonic_ns()
+        times = phases(track, submitted_ns=job.submitted_ns, now_ns=now)
+        layer, expert = self._describe(item.expect.key) if self._describe else (-1, -1)
+        ring.append(
+            Kind.TRANSFER,
+            code=_CODES[result.status],
+            source=ring.name(result.source),
+            format_code=item.expect.format_code,
+            layer=layer,
+            index=expert,
+            start_ns=job.wall_ns,
+            end_ns=job.wall_ns + now - job.submitted_ns,
+            row_id=job.ticket.transfer_id + track.index,
+            parent=job.parent,
+            trace_hi=job.trace[0],
+            trace_lo=job.trace[1],
+            nbytes=item.expect.nbytes,
+            queue_ns=times.queue_ns,
+            wire_ns=times.wire_ns,
+            verify_ns=times.verify_ns,
+            activate_ns=times.activate_ns,
+            reason=ring.name(job.reason),
+            attempt=result.attempt,
+        )

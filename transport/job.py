@@ -1,0 +1,298 @@
+"""A submitted read while it is under way: its tracks, their pieces and posts, how it ends.
+
+Values and small pure steps; no threads, clocks or backends. A job is one ticket. Each of its items
+is a track that moves from stage to stage; a post is one read of the backend (or one job of the
+storage reader) that carries whole small slots, or one piece of a large one.
+
+Invariants: a track ends once; `posts` counts what may still write to its slot, so the slot is free
+for reuse only at zero; pieces cover a slot exactly once unless a failed one is given back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import xxhash
+
+from hotset.transport.base import FileItem, Outcome, Priority, ReadItem, Replica, Span, Status
+from hotset.transport.header import HEADER_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.transport.base import Expect, ItemResult
+    from hotset.transport.header import Seen
+    from hotset.transport.link import Link
+    from hotset.transport.storage import StorageJob
+    from hotset.transport.ticket import Ticket
+
+MAX_RETRIES: Final = 2
+
+_WORST_FIRST: Final = (Status.TIMED_OUT, Status.CANCELLED, Status.FAILED, Status.STALE)
+
+
+class Stage(Enum):
+    """Where a track is."""
+
+    WAITING = "waiting"  # in a link's queue, or on the wire
+    RETIRING = "retiring"  # its source failed; the next one waits until nothing more can land
+    VERIFYING = "verifying"  # all bytes are here
+    HELD = "held"  # verified; the pacer holds the news back
+    ENDED = "ended"
+
+
+class Verdict(NamedTuple):
+    """What one item's bytes are: DONE, or why not. A tuple: one for each block on the hot path."""
+
+    status: Status
+    checksum: int = 0
+    epoch: int = 0
+    error: str = ""
+
+
+class Pieces:
+    """Progress of a slot that travels in pieces. Offsets count from the slot's header.
+
+    `bare`: the payload travels alone, and headers are looked at in a scratch cell. Then `known`
+    says for each source how many bytes of the slot it has, and `seen` what the header said.
+    """
+
+    __slots__ = (
+        "arrived", "bare", "end", "hashed", "hasher", "hashing", "islands", "known", "probing",
+        "seen", "todo",
+    )  # fmt: skip
+
+    def __init__(self, *, end: int, bare: bool) -> None:
+        """Everything is to do."""
+        begin = HEADER_BYTES if bare else 0
+        self.end = end
+        self.bare = bare
+        self.todo = [(begin, end)]
+        self.arrived = begin
+        self.islands: dict[int, int] = {}
+        self.hasher: Any = xxhash.xxh3_64()
+        self.hashed = HEADER_BYTES
+        self.hashing = False
+        self.known: dict[str, int] = {}
+        self.probing: set[str] = set()
+        self.seen: Seen | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is here and hashed."""
+        return self.arrived == self.end == self.hashed
+
+    @property
+    def left(self) -> int:
+        """Bytes that no post carries yet."""
+        return sum(end - begin for begin, end in self.todo)
+
+    def available(self, source: str) -> int:
+        """Bytes at the front of `todo` that `source` has."""
+        if not self.todo:
+            return 0
+        begin, end = self.todo[0]
+        return max(0, min(end, self.known.get(source, 0) if self.bare else end) - begin)
+
+    def take(self, nbytes: int) -> tuple[int, int]:
+        """Take up to `nbytes` from the front: (begin, end)."""
+        begin, end = self.todo[0]
+        cut = min(end, begin + nbytes)
+        if cut == end:
+            del self.todo[0]
+        else:
+            self.todo[0] = (cut, end)
+        return begin, cut
+
+    def give_back(self, begin: int, end: int) -> None:
+        """A piece did not arrive; it goes first."""
+        self.todo.append((begin, end))
+        self.todo.sort()
+
+    def landed(self, begin: int, end: int) -> bool:
+        """Note a piece; True when the part that is complete from the start has grown."""
+        if begin != self.arrived:
+            self.islands[begin] = end
+            return False
+        self.arrived = end
+        while self.arrived in self.islands:
+            self.arrived = self.islands.pop(self.arrived)
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class Track:
+    """One item on its way. `source` of None is the job's peer at the item's own offset.
+
+    Times are monotonic ns, 0 while unknown; `release_ns` is when an emulated link lets go.
+    """
+
+    job: Job
+    index: int
+    item: ReadItem | FileItem
+    rest: tuple[Replica, ...] = ()
+    source: Replica | None = None
+    stage: Stage = Stage.WAITING
+    posts: int = 0
+    attempt: int = 0
+    pieces: Pieces | None = None
+    verdict: Verdict | None = None
+    first_ns: int = 0
+    landed_ns: int = 0
+    verified_ns: int = 0
+    release_ns: int = 0
+    look_wait_ns: int = 0
+
+    @property
+    def peer(self) -> str:
+        """The store that it is read from now."""
+        return self.job.peer if self.source is None else self.source.peer
+
+    @property
+    def slot_bytes(self) -> int:
+        """Header and payload."""
+        return HEADER_BYTES + self.item.expect.nbytes
+
+    def remote_offset(self, peer: str) -> int:
+        """Where `peer` has the slot."""
+        return self.replica(peer).remote_offset
+
+    def replica(self, peer: str) -> Replica:
+        """The source of that name. A striped track has several at once."""
+        assert isinstance(self.item, ReadItem)  # noqa: S101 - files have no replicas
+        if self.source is not None and self.source.peer == peer:
+            return self.source
+        for other in self.rest:
+            if other.peer == peer:
+                return other
+        expect = self.item.expect
+        return Replica(
+            peer=self.job.peer,
+            remote_offset=self.item.remote_offset,
+            generation=expect.generation,
+            incarnation=expect.incarnation,
+        )
+
+    def expect(self, peer: str) -> Expect:
+        """What the header at `peer` must say."""
+        expect = self.item.expect
+        if self.source is None and peer == self.job.peer:
+            return expect
+        copy = self.replica(peer)
+        return replace(expect, generation=copy.generation, incarnation=copy.incarnation)
+
+    def next_source(self) -> bool:
+        """Go on to the next source; False when there is none or enough were tried."""
+        if not self.rest or self.attempt >= MAX_RETRIES:
+            return False
+        self.source, self.rest = self.rest[0], self.rest[1:]
+        self.attempt += 1
+        self.pieces = None
+        return True
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Post:
+    """What one call of the backend (or of the storage reader) carries.
+
+    `begin`..`end` is the piece of its only track; `end` is 0 for whole slots. `cell` is the scratch
+    cell of a look at a header, -1 for bytes of slots.
+    """
+
+    link: Link
+    tracks: list[Track]
+    nbytes: int
+    priority: Priority
+    begin: int = 0
+    end: int = 0
+    cell: int = -1
+    pieces: Pieces | None = None
+    handle: int = -1
+    storage: StorageJob | None = None
+    posted_ns: int = 0
+    release_ns: int = 0
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return all(track.stage is Stage.ENDED for track in self.tracks)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One ticket under way. Times `*_ns` are monotonic, `wall_ns` is the epoch's."""
+
+    ticket: Ticket
+    peer: str
+    items: Sequence[ReadItem | FileItem]
+    deadline_ns: int
+    submitted_ns: int
+    wall_ns: int
+    priority: Priority = Priority.IMMINENT
+    trace: tuple[int, int] = (0, 0)
+    parent: int = 0
+    reason: str = ""
+    results: list[ItemResult | None] = field(default_factory=list)
+    tracks: list[Track] = field(default_factory=list)
+    open_tracks: int = 0
+    first_ns: int = 0
+    landed_ns: int = 0
+    verified_ns: int = 0
+
+    def outcome(self, *, now_ns: int) -> Outcome:
+        """Sum up; every item must have a result. The worst item names the whole."""
+        items = tuple(result for result in self.results if result is not None)
+        statuses = {result.status for result in items}
+        status = next((worst for worst in _WORST_FIRST if worst in statuses), Status.DONE)
+        times = phases(self, submitted_ns=self.submitted_ns, now_ns=now_ns)
+        return Outcome(
+            status=status,
+            items=items,
+            peer=self.peer,
+            nbytes=sum(
+                item.expect.nbytes
+                for item, result in zip(self.items, items, strict=True)
+                if result.status is Status.DONE
+            ),
+            started_ns=self.wall_ns,
+            ended_ns=self.wall_ns + now_ns - self.submitted_ns,
+            queue_ns=times.queue_ns,
+            wire_ns=times.wire_ns,
+            verify_ns=times.verify_ns,
+            activate_ns=times.activate_ns,
+            transfer_id=self.ticket.transfer_id,
+        )
+
+
+class Phases(NamedTuple):
+    """How a life divides; the parts add up to it."""
+
+    queue_ns: int
+    wire_ns: int
+    verify_ns: int
+    activate_ns: int
+
+
+def phases(what: Job | Track, *, submitted_ns: int, now_ns: int) -> Phases:
+    """Divide the time from submission to now; what did not happen took no time."""
+    posted = what.first_ns or now_ns
+    landed = min(max(what.landed_ns, posted), now_ns)
+    verified = min(max(what.verified_ns, landed), now_ns)
+    return Phases(posted - submitted_ns, landed - posted, verified - landed, now_ns - verified)
+
+
+def spans(tracks: Sequence[Track], peer: str) -> list[Span]:
+    """Header and payload of each slot in one span."""
+    return [
+        Span(
+            local_offset=track.item.dest.offset,
+            remote_offset=track.remote_offset(peer)
+            if track.source is not None
+            else track.item.remote_offset,
+            nbytes=HEADER_BYTES + track.item.expect.nbytes,
+        )
+        for track in tracks
+        if isinstance(track.item, ReadItem)
+    ]

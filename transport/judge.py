@@ -1,0 +1,86 @@
+"""Whether landed bytes are what was asked for: header against expectation, payload against header.
+
+Pure functions of bytes; any thread may call them. They must not know who reads or why. A verdict
+depends on one item's own bytes alone, so one stale item fails no other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hotset.transport.base import Status
+from hotset.transport.header import HEADER_BYTES, checksum, inspect
+from hotset.transport.job import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.transport.header import Seen
+    from hotset.transport.job import Pieces, Track
+    from hotset.transport.slab import Slab
+    from hotset.transport.storage import StorageJob
+
+
+def judge(slab: Slab, track: Track, peer: str) -> Verdict:
+    """Verify a slot that landed whole from `peer`, header included."""
+    dest, expect = track.item.dest, track.item.expect
+    wanted = expect if track.source is None else track.expect(peer)
+    seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), wanted)
+    if seen.differs:
+        return Verdict(Status.STALE, error=seen.differs)
+    return compare(seen, checksum(slab.read_payload(dest, expect.nbytes)))
+
+
+def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict:
+    """Verify a slot that landed in pieces and was hashed on the way."""
+    seen = pieces.seen
+    if not pieces.bare:
+        seen = inspect(slab.memory.read(track.item.dest.offset, HEADER_BYTES), track.expect(peer))
+    found = pieces.hasher.intdigest()
+    wanted = track.item.expect.checksum
+    if seen is None and wanted is None:
+        return Verdict(Status.STALE, error="no header tells the checksum of the bytes")
+    if seen is None:  # the source was still filling: what was asked for decides
+        assert wanted is not None  # noqa: S101 - returned above
+        return _match(found, wanted, 0)
+    if seen.differs:
+        return Verdict(Status.STALE, error=seen.differs)
+    return compare(seen, found)
+
+
+def compare(seen: Seen, found: int) -> Verdict:
+    """Compare a payload's checksum with its header's."""
+    return _match(found, seen.checksum, seen.epoch)
+
+
+def _match(found: int, wanted: int, epoch: int) -> Verdict:
+    if found != wanted:
+        error = f"the bytes do not match their checksum: {found:x}, expected {wanted:x}"
+        return Verdict(Status.STALE, error=error)
+    return Verdict(Status.DONE, found, epoch)
+
+
+def judge_files(tracks: Sequence[Track], job: StorageJob) -> list[Verdict]:
+    """What the storage reader found, against a checksum when one was expected."""
+    verdicts = []
+    for track, result in zip(tracks, job.results, strict=True):
+        wanted = track.item.expect.checksum
+        if result.error:
+            verdicts.append(Verdict(Status.FAILED, error=result.error))
+        elif wanted is not None and wanted != result.checksum:
+            error = f"the file's bytes have checksum {result.checksum:x}, expected {wanted:x}"
+            verdicts.append(Verdict(Status.STALE, error=error))
+        else:
+            verdicts.append(Verdict(Status.DONE, result.checksum))
+    return verdicts
+
+
+def hash_arrived(slab: Slab, track: Track, pieces: Pieces) -> None:
+    """Hash what has arrived in order and is not hashed, until there is nothing new.
+
+    One thread at a time for each track; the owner may note further pieces meanwhile.
+    """
+    while (upto := pieces.arrived) > pieces.hashed:
+        at = track.item.dest.offset + pieces.hashed
+        pieces.hasher.update(slab.memory.read(at, upto - pieces.hashed))
+        pieces.hashed = upto

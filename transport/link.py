@@ -1,0 +1,157 @@
+"""The way from one source: who waits for it, how much it may carry at once, how fast it is.
+
+Pure bookkeeping of the engine's owner thread: no clock of its own, no backend. It must not know
+what the bytes are.
+
+**Credits.** A link carries at most one window of bytes of a class and those more urgent; the window
+is what the link moves in WINDOW_NS at its measured rate. So bytes of a lesser class never hold an
+urgent read back by more than a window, and a slow link gets small pieces without being told.
+**Order.** Priority, then deadline, then submission.
+
+Invariants: a track that has ended is never handed out; credits return exactly once per post.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING, Final
+
+from hotset.transport.base import FileItem, Priority
+from hotset.transport.job import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.transport.base import PeerInfo
+    from hotset.transport.job import Post, Track
+    from hotset.transport.pacing import Pacer
+
+WINDOW_NS: Final = 4_000_000
+WINDOW_MIN_BYTES: Final = 512 << 10
+WINDOW_MAX_BYTES: Final = 32 << 20
+FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
+PIECE_MIN_BYTES: Final = 1 << 20  # of a fast link; the last piece is verified alone, so it is short
+FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
+RATE_MIN_BYTES: Final = 256 << 10  # shorter posts measure latency
+POST_ITEMS: Final = 1024
+
+Entry = tuple[int, int, int, int, int, "Track"]
+
+
+class Link:
+    """What is queued for one source and what is under way from it."""
+
+    def __init__(
+        self, name: str, *, peer: PeerInfo | None = None, pacers: Sequence[Pacer] = ()
+    ) -> None:
+        """`peer` of None: not connected, or the files of storage."""
+        self.name = name
+        self.peer = peer
+        self.pacers = pacers
+        self.rate = FIRST_RATE  # bytes a second, measured
+        self.profile_rate = 0  # what an emulated link gives at most; 0: no bound
+        self.is_files = False
+        self._queue: list[Entry] = []
+        self._pushes = 0
+        self._in_flight = [0] * len(Priority)
+        self._last_end_ns = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or under way."""
+        return not self._queue and not any(self._in_flight)
+
+    @property
+    def window_bytes(self) -> int:
+        """How many bytes of a class, and of those more urgent, may be under way."""
+        rate = min(self.rate, self.profile_rate) if self.profile_rate else self.rate
+        least = FILE_WINDOW_MIN_BYTES if self.is_files else WINDOW_MIN_BYTES
+        return min(WINDOW_MAX_BYTES, max(least, rate * WINDOW_NS // 1_000_000_000))
+
+    # --- the queue --------------------------------------------------------------------------------
+
+    def push(self, track: Track) -> None:
+        """Queue a track, or what is left of it."""
+        job = track.job
+        self._pushes += 1  # a track that is queued twice must not be compared with itself
+        order = (job.priority, job.deadline_ns, job.ticket.transfer_id, track.index)
+        heapq.heappush(self._queue, (*order, self._pushes, track))
+
+    def head(self) -> Entry | None:
+        """The entry that goes next; None when the queue is empty."""
+        queue = self._queue
+        while queue:
+            if queue[0][5].stage is Stage.WAITING:
+                return queue[0]
+            heapq.heappop(queue)
+        return None
+
+    def pop(self) -> Track:
+        """Take the head, which must have been asked for."""
+        return heapq.heappop(self._queue)[5]
+
+    def pop_group(self, first: Track) -> list[Track]:
+        """Take small slots of the same ticket that may travel with `first`, which is taken."""
+        group, nbytes = [first], first.slot_bytes
+        limit = self.window_bytes // 2
+        if not self.is_files:
+            limit = self.piece_bytes((len(first.job.items) - first.index) * first.slot_bytes)
+        while (entry := self.head()) is not None and len(group) < POST_ITEMS:
+            track = entry[5]
+            nbytes += track.slot_bytes
+            if track.job is not first.job or nbytes > limit or not self.is_small(track):
+                break
+            group.append(self.pop())
+        return group
+
+    def is_small(self, track: Track) -> bool:
+        """Whether a slot travels whole."""
+        if isinstance(track.item, FileItem):
+            return True
+        return track.pieces is None and track.slot_bytes <= self.piece_bytes(track.slot_bytes)
+
+    def piece_bytes(self, left: int) -> int:
+        """Bytes of the next post when `left` are to go.
+
+        Half a window at most. A third of what is left at most, because the last piece is verified
+        while nothing moves; on slow links pieces are shorter than PIECE_MIN_BYTES.
+        """
+        half = self.window_bytes // 2
+        return min(half, max(left // 3, min(PIECE_MIN_BYTES, half)))
+
+    # --- credits ----------------------------------------------------------------------------------
+
+    def has_room(self, priority: int) -> bool:
+        """Whether one more post of that class may go out."""
+        busy = sum(self._in_flight[: priority + 1])
+        return busy == 0 or busy < self.window_bytes // 2 + 1
+
+    def wait_ns(self, now_ns: int, *, imminent: bool) -> int:
+        """Ns until the emulated ends of the link let the next post go."""
+        waits = [pacer.wait_ns(now_ns, imminent=imminent) for pacer in self.pacers]
+        return max(waits, default=0)
+
+    def posted(self, post: Post, *, queued_ns: int) -> None:
+        """Take the credits of a post and occupy the emulated link."""
+        self._in_flight[post.priority] += post.nbytes
+        post.release_ns = max(
+            (
+                pacer.reserve(
+                    post.nbytes,
+                    now_ns=post.posted_ns,
+                    queued_ns=queued_ns,
+                    imminent=post.priority is Priority.IMMINENT,
+                )
+                for pacer in self.pacers
+            ),
+            default=0,
+        )
+
+    def ended(self, post: Post, now_ns: int, *, verify_ns: int = 0) -> None:
+        """Give the credits of a post back, and learn how fast the link is."""
+        self._in_flight[post.priority] -= post.nbytes
+        busy_ns = now_ns - verify_ns - max(post.posted_ns, self._last_end_ns)
+        self._last_end_ns = now_ns
+        if post.nbytes >= RATE_MIN_BYTES and busy_ns > 0:
+            seen = post.nbytes * 1_000_000_000 // busy_ns
+            self.rate += (seen - self.rate) // 4
