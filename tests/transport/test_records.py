@@ -5,12 +5,9 @@ import threading
 import time
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hotset.errors import ConfigError
-from hotset.transport.pacing import Pacer
 from hotset.transport.records import ROW, Kind, Ring
 
 
@@ -61,42 +58,3 @@ def test_appending_costs_under_two_microseconds() -> None:
             ring.append(Kind.TRANSFER, start_ns=1, end_ns=2, row_id=row_id)
         costs.append((time.perf_counter_ns() - begin) / 500)
     assert statistics.quantiles(costs, n=10)[0] < 2000  # the best tenth: others share this machine
-
-
-@given(
-    reads=st.lists(
-        st.tuples(st.integers(1, 10**6), st.integers(0, 10**6)), min_size=1, max_size=30
-    ),
-    rate=st.integers(10**6, 10**10),
-    latency_ns=st.integers(0, 10**6),
-)
-def test_a_busy_link_never_exceeds_its_profile(
-    reads: list[tuple[int, int]], rate: int, latency_ns: int
-) -> None:
-    pacer = Pacer(rate, latency_ns)
-    now = total = 0
-    last = 0
-    for nbytes, gap in reads:
-        now += gap
-        end = now + pacer.delay_ns(nbytes, now)
-        total += nbytes
-        assert end >= now + latency_ns
-        assert end >= last  # arrivals keep their order
-        last = end
-    assert last - latency_ns >= total * 1e9 / rate * 0.999 - len(reads) - sum(g for _, g in reads)
-    assert last <= now + latency_ns + total * 1e9 / rate + len(reads)
-
-
-def test_time_that_really_passed_counts() -> None:
-    pacer = Pacer(10**9, 0)
-    assert pacer.delay_ns(1000, 600, started_ns=0) == 400
-    assert pacer.delay_ns(1000, 5000, started_ns=1000) == 0
-
-
-def test_time_scale_stretches() -> None:
-    assert Pacer(10**9, 100, 10.0).delay_ns(1000, 0) == 11_000
-
-
-def test_a_link_without_bandwidth_is_refused() -> None:
-    with pytest.raises(ConfigError):
-        Pacer(0, 0)
