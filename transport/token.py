@@ -103,7 +103,7 @@ def _private_text(path: Path) -> str:
             f"the token file {path} cannot be read ({error.strerror})",
             remedy="make one with mode 0600 on every node",
         ) from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         private = stat.S_ISREG(status.st_mode) and not status.st_mode & 0o077
         if not private or status.st_uid not in {0, os.geteuid()}:
@@ -111,7 +111,9 @@ def _private_text(path: Path) -> str:
                 f"the token file {path} is not a file that only this user may read",
                 remedy=f"chmod 600 {path}; if others could read it, make a new token",
             )
-        return file.read(4096).decode("utf-8", errors="replace").strip()
+        return os.read(handle, 4096).decode("utf-8", errors="replace").strip()
+    finally:
+        os.close(handle)
 
 
 def _long_enough(text: str, where: str) -> bytes:
