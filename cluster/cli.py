@@ -288,6 +288,46 @@ def bench_serve(**options: Any) -> None:
     run_bench(**options)
 
 
+@bench.command("transport")
+@click.option("--quick", is_flag=True, help="few sizes and rounds; over within 40 s")
+@click.option(
+    "--sizes",
+    metavar="SIZE,...",
+    help="sizes of blocks, for instance 64KiB,12MiB,64x1MiB; default: all",
+)
+@click.option(
+    "--backends",
+    metavar="NAME,...",
+    help="contenders, with the bounds they are held against; default: all",
+)
+@click.option(
+    "--repeat",
+    type=int,
+    default=7,
+    show_default=True,
+    help="rounds of all contenders in turns; the median is printed",
+)
+@click.option(
+    "--ray/--no-ray",
+    "with_ray",
+    default=True,
+    show_default=True,
+    help="measure Ray's object store and Direct Transport too",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="draw the figures (.svg or .png)",
+)
+@click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
+def bench_transport(**options: Any) -> None:
+    """Bytes a second: each backend next to memcpy, raw NIXL, a socket, preadv and Ray."""
+    from hotset.cluster.bench_transport import run_bench
+
+    run_bench(**options)
+
+
 @main.command()
 def doctor() -> None:
     """Say which parts work on this machine, and why the others do not."""

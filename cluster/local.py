@@ -48,7 +48,7 @@ def quiet_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _stay_on_loopback() -> None:
+def stay_on_loopback() -> None:
     """Bind an embedded cluster to 127.0.0.1: it has no authentication and is nobody else's.
 
     Ray replaces 127.0.0.1 in any address by the host's own, except where it takes clusters for
@@ -103,7 +103,7 @@ def local_cluster(
     import ray
     from ray.cluster_utils import Cluster
 
-    _stay_on_loopback()
+    stay_on_loopback()
 
     if ray.is_initialized():
         raise ClusterError("this process is connected to Ray", remedy="use that cluster's address")

@@ -1,0 +1,112 @@
+"""The speeds that transport promises, held against what a run measured.
+
+Pure: results in, verdicts out. A target that its case or contender was left out of is "not
+measured", never met.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hotset.cluster.bench_transport_case import MEMCPY, MIB, Case
+
+if TYPE_CHECKING:
+    from hotset.cluster.bench_transport_case import Results
+
+_BATCH: Final = Case(nbytes=MIB, batch=64)
+_ONE_MIB: Final = Case(nbytes=MIB, batch=1)
+_LARGE: Final = Case(nbytes=64 * MIB, batch=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """`lane` must reach `least` times the speed of the fastest of `peers`."""
+
+    text: str
+    lane: str
+    peers: tuple[str, ...]
+    least: float
+    case: Case
+
+
+def _targets() -> tuple[Target, ...]:
+    bounds = (
+        ("nixl of raw NIXL", "nixl/read", "raw-nixl/read", 0.95),
+        ("shm of memcpy", "shm/read", MEMCPY, 0.8),
+        ("storage warm of preadv", "storage/read-warm", "preadv/read-warm", 0.9),
+        ("NIXL over TCP of a plain socket", "nixl-tcp/read", "socket/receive", 0.8),
+    )
+    found = [
+        Target(text=text, lane=lane, peers=(peer,), least=least, case=case)
+        for text, lane, peer, least in bounds
+        for case in (_BATCH, _LARGE)
+    ]
+    found += [
+        Target(
+            text="nixl against Ray's object store",
+            lane="nixl/read",
+            peers=("ray-store/return",),
+            least=least,
+            case=case,
+        )
+        for case, least in ((_ONE_MIB, 20.0), (_LARGE, 10.0))
+    ]
+    found.append(
+        Target(
+            text="nixl against Ray Direct Transport",
+            lane="nixl/read",
+            peers=("rdt-nixl/return", "rdt-gloo/return"),
+            least=50.0,
+            case=_ONE_MIB,
+        )
+    )
+    return tuple(found)
+
+
+TARGETS: Final = _targets()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of a target. `measured` is None when it was not measured."""
+
+    target: Target
+    measured: float | None
+    low: float = 0.0
+    high: float = 0.0
+    why: str = ""
+
+    @property
+    def word(self) -> str:
+        """`met`, `missed` or `not measured`."""
+        if self.measured is None:
+            return "not measured"
+        return "met" if self.measured >= self.target.least else "missed"
+
+
+def judge(results: Results) -> list[Verdict]:
+    """Hold every target against the run."""
+    return [_judge(target, results) for target in TARGETS]
+
+
+def _judge(target: Target, results: Results) -> Verdict:
+    found = [results.ratios(target.lane, peer, target.case) for peer in target.peers]
+    measured = [ratios for ratios in found if ratios]
+    if not measured:
+        return Verdict(target=target, measured=None, why=_why(target, results))
+    ratios = min(measured, key=statistics.median)  # the fastest peer is the hardest
+    return Verdict(
+        target=target, measured=statistics.median(ratios), low=min(ratios), high=max(ratios)
+    )
+
+
+def _why(target: Target, results: Results) -> str:
+    for key in (target.lane, *target.peers):
+        row = results.row(key, target.case)
+        if row is None:
+            return f"{target.case.label} of {key.partition('/')[0]} was left out"
+        if row.failed:
+            return f"{key.partition('/')[0]}: {row.failed}"
+    return "no round has both"
