@@ -35,8 +35,10 @@ from hotset.errors import (
 from hotset.transport.base import FileItem, PeerInfo, Priority, ReadItem
 from hotset.transport.job import Job
 from hotset.transport.mover import STORAGE, Mover
+from hotset.transport.pacepage import PacePage
 from hotset.transport.slab import SlotState
 from hotset.transport.ticket import Ticket
+from hotset.transport.token import check, sign
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,11 +75,13 @@ class Engine:
         time_scale: float = 1.0,
         describe: Callable[[bytes], tuple[int, int]] | None = None,
         link: LinkProfile | None = None,
+        token: bytes = b"",
     ) -> None:
         """Keep the parts; nothing runs before `start`.
 
-        `link` is the profile that peers read this store by. `pacer` emulates this store's own end
-        of every read. `storage` is closed with the engine.
+        `link` is the profile that peers read this store by; when it is emulated, they share it.
+        `pacer` emulates this store's own end of every read. `storage` is closed with the engine.
+        With a `token`, `info` is signed and only peers that know it are connected.
         """
         self.name = name
         self.incarnation = incarnation
@@ -85,6 +89,8 @@ class Engine:
         self._backend = backend
         self._storage = storage
         self._link = link
+        self._token = token
+        self._page: PacePage | None = None
         self._max_quarantined = max_quarantined
         self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._to_verify: SimpleQueue[Check | None] = SimpleQueue()
@@ -115,7 +121,7 @@ class Engine:
         """Start the threads and register the slab. Raises TransportError, DependencyError."""
         self._owner.start()
         self._verifier.start()
-        self._info = self._call(self._register)
+        self._info = sign(self._call(self._register), self._token)
 
     def info(self) -> PeerInfo:
         """Return what peers need to read this store; known after `start`."""
@@ -124,7 +130,11 @@ class Engine:
         return self._info
 
     def connect(self, peer: PeerInfo) -> None:
-        """Make a peer readable; runs on the owner thread. Raises TransportError."""
+        """Make a peer readable; runs on the owner thread. Raises TransportError.
+
+        A peer that does not prove the cluster's token is refused.
+        """
+        check(peer, self._token)
         self._call(partial(self._mover.connect, peer))
 
     def disconnect(self, name: str) -> None:
@@ -154,6 +164,8 @@ class Engine:
         self._verifier.join()
         if self._storage is not None:
             self._storage.close()
+        if self._page is not None:
+            self._page.close()
         self._closed = "closed"
         return True
 
@@ -291,6 +303,9 @@ class Engine:
     # --- the owner thread -------------------------------------------------------------------------
 
     def _register(self) -> PeerInfo:
+        if self._link is not None and self._link.emulated:
+            self._page = PacePage.create()
+        pace = b"" if self._page is None else self._page.description
         if self._backend is None:
             return PeerInfo(
                 name=self.name,
@@ -301,10 +316,11 @@ class Engine:
                 nbytes=self._slab.nbytes,
                 device=self._slab.device,
                 link=self._link,
+                pace=pace,
             )
         self._backend.register(self._slab)
         info = self._backend.info(name=self.name, incarnation=self.incarnation)
-        return replace(info, link=self._link)
+        return replace(info, link=self._link, pace=pace)
 
     def _call(self, action: Callable[..., _T], **kwargs: Any) -> _T:
         """Run `action` on the owner thread and return its result or raise its error.

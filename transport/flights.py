@@ -79,10 +79,10 @@ class Flights:
         since = now_ns - self.last_progress_ns
         return 0 if since < SPIN_NS else min(POLL_MAX_NS, max(POLL_MIN_NS, since // 4))
 
-    def poll(self) -> None:
-        """Ask the backend about every post."""
+    def poll(self) -> bool:
+        """Ask the backend about every post; True when one has ended."""
         if not self._polled:
-            return
+            return False
         assert self._backend is not None  # noqa: S101 - posts came through it
         still: list[Post] = []
         posts, self._polled = self._polled, still
@@ -93,6 +93,7 @@ class Flights:
                 continue
             self.last_progress_ns = time.monotonic_ns()
             self._wire_ended(post, state, error)
+        return len(still) < len(posts)
 
     def _wire_ended(self, post: Post, state: PostState, error: str) -> None:
         assert self._backend is not None  # noqa: S101 - as above

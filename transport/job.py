@@ -150,6 +150,11 @@ class Track:
         """The store that it is read from now."""
         return self.job.peer if self.source is None else self.source.peer
 
+    def reads_from(self, peer: str) -> bool:
+        """Whether `peer` is among its sources now."""
+        pieces = self.pieces
+        return self.peer == peer if pieces is None or not pieces.bare else peer in pieces.known
+
     @property
     def slot_bytes(self) -> int:
         """Header and payload."""

@@ -55,6 +55,7 @@ class Link:
         self._pushes = 0
         self._in_flight = [0] * len(Priority)
         self._last_end_ns = 0
+        self.last_post = 0  # the mover's count of turns
 
     @property
     def idle(self) -> bool:
@@ -81,7 +82,8 @@ class Link:
         """The entry that goes next; None when the queue is empty."""
         queue = self._queue
         while queue:
-            if queue[0][5].stage is Stage.WAITING:
+            track = queue[0][5]
+            if track.stage is Stage.WAITING and (self.is_files or track.reads_from(self.name)):
                 return queue[0]
             heapq.heappop(queue)
         return None

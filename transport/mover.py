@@ -84,6 +84,7 @@ class Mover:
         self.jobs: dict[Ticket, Job] = {}
         self._flights = Flights(backend=backend, slab=slab, timers=self._timers, owner=self)
         self._deadlines: list[tuple[int, int, Job]] = []
+        self._turns = 0
         self._link_free_ns = 0  # when an emulated link lets the next post go; 0: none waits
         if storage is not None:
             pacers = () if storage.pacer is None else (storage.pacer,)
@@ -110,7 +111,7 @@ class Mover:
         link.peer = peer
         link.pacers, link.profile_rate = self._own_pacers, 0
         if peer.link is not None and peer.link.emulated:
-            page = PacePage.open(peer.pace, peer.name) if peer.pace else None
+            page = PacePage.open(peer.pace, peer.name)
             pacer = Pacer(peer.link, time_scale=self._time_scale, page=page)
             link.pacers = (pacer, *self._own_pacers)
             link.profile_rate = int(peer.link.bandwidth_bytes_per_s / self._time_scale)
@@ -194,11 +195,12 @@ class Mover:
         """Do what is due. Returns ns until the next turn: 0 at once, None when a message wakes."""
         self._expire(time.monotonic_ns())  # first: what is late is not posted
         posted = self._post_next()
-        self._flights.poll()
+        ended = self._flights.poll()
         now = time.monotonic_ns()
-        self._timers.run(now)
+        ran = self._timers.run(now)
         if posted:
             self._flights.last_progress_ns = now
+        if posted or ended or ran:  # each may have made room, or queued something
             return 0
         return self._rest(now)
 
@@ -242,7 +244,7 @@ class Mover:
         """
         now = time.monotonic_ns()
         best: Link | None = None
-        best_order = (0, 0, 0, 0)
+        best_order: tuple[int, ...] = ()
         self._link_free_ns = 0
         for link in self._links.values():
             head = link.head()
@@ -251,10 +253,13 @@ class Mover:
             if link.pacers and (wait := link.wait_ns(now, imminent=head[0] == 0)):
                 self._link_free_ns = min(self._link_free_ns or now + wait, now + wait)
                 continue
-            if best is None or head[:4] < best_order:
-                best, best_order = link, head[:4]
+            order = (*head[:4], link.last_post)  # stripes take turns
+            if best is None or order < best_order:
+                best, best_order = link, order
         if best is None:
             return False
+        self._turns += 1
+        best.last_post = self._turns
         self._post(best)
         return True
 
@@ -299,8 +304,6 @@ class Mover:
         if not pieces.todo:
             if track.posts == 0:  # the last piece landed while the source was given up
                 self._arrivals.piece_landed(track, link.name, alone=True)
-            return
-        if pieces.bare and link.name not in pieces.known:
             return
         ready = pieces.available(link.name)
         if pieces.bare and ready < min(FOLLOW_BYTES, pieces.todo[0][1] - pieces.todo[0][0]):

@@ -29,7 +29,10 @@ class Timers:
         """When the first is due."""
         return self._heap[0][0] if self._heap else None
 
-    def run(self, now_ns: int) -> None:
-        """Do what is due."""
+    def run(self, now_ns: int) -> bool:
+        """Do what is due; True when there was something."""
+        ran = False
         while self._heap and self._heap[0][0] <= now_ns:
             heapq.heappop(self._heap)[2]()
+            ran = True
+        return ran

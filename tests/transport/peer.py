@@ -9,13 +9,13 @@ import multiprocessing as mp
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hotset.transport.base import Expect, PeerInfo, ReadItem
+from hotset.transport.base import Expect, PeerInfo, ReadItem, Replica
 from hotset.transport.engine import Engine
 from hotset.transport.header import checksum
 from hotset.transport.nixl import NixlBackend
@@ -28,8 +28,11 @@ from hotset.transport.tcp import TcpBackend
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    from hotset.transport.ticket import Ticket
+
 CALL_TIMEOUT_S = 60.0
 FORMAT = 7
+_HOW = ("remote_offset", "others", "stripe", "follow", "stream")
 BACKENDS = {"nixl": NixlBackend, "shm": ShmBackend, "node": NodeBackend, "tcp": TcpBackend}
 
 
@@ -54,8 +57,18 @@ class Source:
             "checksum": self.checksum,
             "incarnation": self.incarnation,
         }
-        offset = changes.pop("remote_offset", self.offset)
-        return ReadItem(remote_offset=offset, dest=dest, expect=Expect(**(expect | changes)))
+        how = {name: changes.pop(name) for name in _HOW if name in changes}
+        how.setdefault("remote_offset", self.offset)
+        return ReadItem(dest=dest, expect=Expect(**(expect | changes)), **how)
+
+    def replica(self, peer: str) -> Replica:
+        """The same copy as another source of an item."""
+        return Replica(
+            peer=peer,
+            remote_offset=self.offset,
+            generation=self.generation,
+            incarnation=self.incarnation,
+        )
 
 
 def fill(slab: Slab, slot: Slot, *, seed: int) -> Source:
@@ -84,6 +97,8 @@ class Store:
     ring: Ring
     slots: list[Slot]
     copies: list[Source]
+    pulls: list[Ticket] = field(default_factory=list)
+    landed: list[Slot] = field(default_factory=list)
 
 
 def build(
@@ -141,6 +156,8 @@ def _obey(store: Store, order: str, argument: Any) -> Any:
         payload = slab.payload(store.slots[argument])
         payload[-1] ^= 0xFF
         return True
+    if order in {"pull", "drop", "ended"}:
+        return _obey_pull(store, order, argument)
     if order == "read":  # the peer reads from us as we read from it
         info, copies = argument
         store.engine.connect(info)
@@ -151,6 +168,35 @@ def _obey(store: Store, order: str, argument: Any) -> Any:
         )
         return [(result.status.value, result.checksum) for result in ticket.wait().items]
     raise ValueError(order)
+
+
+def _obey_pull(store: Store, order: str, argument: Any) -> Any:
+    slab = store.slab
+    if order == "pull":  # begin to read one block; others may follow it
+        info, copy, changes = argument
+        for other in info:
+            store.engine.connect(other)
+        slot = slab.allocate(copy.nbytes)
+        assert slot is not None
+        ticket = store.engine.read(
+            info[0].name,
+            [copy.item(slot, **changes)],
+            deadline_ns=time.monotonic_ns() + 20_000_000_000,
+        )
+        store.pulls.append(ticket)
+        return slot.offset
+    if order == "drop":  # what the pulls brought
+        for slot in store.landed:
+            slab.unpin(slot)
+            slab.retire(slot)
+        store.landed.clear()
+        return True
+    # "ended": how the pulls ended, and where their bytes came from
+    results = [pull.wait().items[0] for pull in store.pulls]
+    store.pulls.clear()
+    store.landed += [r.dest for r in results if r.status.value == "done"]
+    slab.check_integrity()
+    return [(r.status.value, r.checksum, r.source, r.attempt, r.error) for r in results]
 
 
 class PeerProcess:
