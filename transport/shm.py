@@ -17,15 +17,13 @@ checksums are verified) until the engine disconnects it, which also gives its me
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from hotset.errors import PeerGoneError, TransportError
 from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
+from hotset.transport.mapping import Mapping
 from hotset.transport.memory import HostMemory
 from hotset.transport.place import decode_place, describe_memory, open_place
 
@@ -48,8 +46,7 @@ class _Peer:
     """A mapped peer."""
 
     info: PeerInfo
-    memory: mmap.mmap
-    address: int
+    memory: Mapping
 
 
 class ShmBackend(Backend):
@@ -112,7 +109,7 @@ class ShmBackend(Backend):
             )
         handle = open_place(place, peer.name, remedy=_REMEDY)
         try:
-            memory = mmap.mmap(handle, place.nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+            memory = Mapping(handle, place.nbytes, writable=False)
         except OSError as error:
             raise TransportError(
                 f"the memory of store {peer.name!r} cannot be mapped ({error.strerror})",
@@ -121,8 +118,7 @@ class ShmBackend(Backend):
         finally:
             os.close(handle)
         self.disconnect(peer.name)
-        address = int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
-        self._peers[peer.name] = _Peer(peer, memory, address)
+        self._peers[peer.name] = _Peer(peer, memory)
 
     def disconnect(self, name: str) -> None:
         """Unmap a peer; nothing is ever in flight between two calls."""
@@ -146,7 +142,7 @@ class ShmBackend(Backend):
                 f"or ours of {slab.nbytes}",
                 remedy="refresh the directory of copies",
             )
-        local, remote, copy = slab.base_address, entry.address, ctypes.memmove
+        local, remote, copy = slab.base_address, entry.memory.address, ctypes.memmove
         for span in spans:
             copy(local + span.local_offset, remote + span.remote_offset, span.nbytes)
         handle, self._next = self._next, self._next + 1
