@@ -38,7 +38,7 @@ class Case:
     @property
     def slots(self) -> int:
         """Blocks of one side, read in turns: the working set, and no block twice in a read."""
-        return max(self.batch, WORKING_SET_BYTES // self.nbytes)
+        return max(self.batch, -(-WORKING_SET_BYTES // self.nbytes))
 
     @property
     def order(self) -> tuple[int, int]:

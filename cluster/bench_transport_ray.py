@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CALL_S: Final = 20
 _WARM_BYTES: Final = 1024
 _PR_SET_PDEATHSIG: Final = 1
+_ALLOCATOR: Final = "MALLOC_MMAP_THRESHOLD_"
 _NICENESS: Final = "RAY_worker_niceness"
 
 
@@ -82,7 +83,10 @@ class RayPart:
     def __init__(self, *, folder: str, store_bytes: int, backends: tuple[str, ...]) -> None:
         """Start cluster and actors; a way that cannot work is told by its lane."""
         os.environ[_NICENESS] = "0"  # Ray's 15 would starve its actors beside others
+        allocator = os.environ.get(_ALLOCATOR)
         quiet_environment()
+        if allocator is None:
+            del os.environ[_ALLOCATOR]  # ours saves memory; it would cost Ray page faults
         stay_on_loopback()
         self._broken: dict[str, str] = {}
         ray.init(
