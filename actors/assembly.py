@@ -40,7 +40,11 @@ MOST_QUARANTINED = 64  # abandoned transfers of one store; over it the process r
 
 
 class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a store is told at birth. `link` is the emulated link that peers read it over."""
+    """What a store is told at birth.
+
+    `link` is the emulated link that peers read it over. `token` is the run's: stores without it are
+    not read, and cannot read over plain TCP or UCX.
+    """
 
     run: str
     name: str
@@ -53,6 +57,7 @@ class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
     link: LinkProfile | None = None
     transport: str = "nixl"
+    token: bytes = b""
 
 
 def peak_rss_bytes() -> int:
@@ -106,6 +111,7 @@ class Assembly:
             describe=Catalog.describe,
             link=spec.link,
             max_quarantined=MOST_QUARANTINED,
+            token=spec.token,
         )
         self.engine.start()
         self.directory = Directory(owner=spec.name)
@@ -229,9 +235,22 @@ def _backend(spec: StoreSpec) -> Any:
         from hotset.transport.node import NodeBackend
 
         return NodeBackend()
+    if spec.transport == "tcp":
+        from hotset.transport.tcp import TcpBackend
+
+        return TcpBackend(host=_address(), token=spec.token)
+    if spec.transport == "ucx":
+        from hotset.transport.ucx import UcxBackend
+
+        return UcxBackend(host=_address(), token=spec.token)
     from hotset.transport.nixl import NixlBackend
 
     return NixlBackend()
+
+
+def _address() -> str:
+    """This node's address, as the other nodes know it."""
+    return str(ray.util.get_node_ip_address())
 
 
 def _end_process() -> None:

@@ -1,9 +1,10 @@
 """Fetching blocks into a store's slots, from the best source that still has them.
 
 One call may want many blocks: those with the same best source travel in one transfer. A block
-whose copy is stale, whose peer is gone or whose deadline passed goes on to its next source, in a
-fresh slot (the old one is free, or in quarantine). Storage has every block, so a fetch fails only
-when the checkpoint's files fail or the store has no slot left.
+whose copy is stale or whose peer is gone goes on to the next peer inside the engine; after the last
+of them, or a deadline, it comes back here and goes on in a fresh slot (the old one is free, or in
+quarantine). Storage has every block, so a fetch fails only when the checkpoint's files fail or the
+store has no slot left.
 
 Knows catalog, directory and engine; must not know policy, compute or Ray.
 """
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING
 
 from hotset.errors import HotsetError
 from hotset.policies.types import FORMAT_CODES, STORAGE, BlockId, Format, Reason
-from hotset.transport.base import Expect, FileItem, FileRange, ReadItem, Status
+from hotset.transport.base import (
+    Expect,
+    FileItem,
+    FileRange,
+    Priority,
+    ReadItem,
+    Replica,
+    Status,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +42,9 @@ _DEADLINE_FLOOR_NS = 2_000_000_000
 _DEADLINE_FACTOR = 10
 # Small blocks share a transfer; a larger batch would make its first block wait for its last.
 _BATCH_BYTES = 4 << 20
+
+_PRIORITIES = {Reason.DEMAND: Priority.IMMINENT, Reason.PREFETCH: Priority.STAGING}
+"""All other reasons are the controller's: background."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,18 +122,19 @@ class Fetcher:
         estimate = self._directory.cost(store).estimate_ns(nbytes)
         deadline = time.monotonic_ns() + _DEADLINE_FLOOR_NS + _DEADLINE_FACTOR * estimate
         first = group[0]
+        priority = _PRIORITIES.get(first.reason, Priority.BACKGROUND)
         try:
             if store == STORAGE:
                 ticket = self._engine.read_files(
                     [self._file_item(want) for want in group],
                     deadline_ns=deadline, trace=first.trace, parent=first.parent,
-                    reason=first.reason.value,
+                    reason=first.reason.value, priority=priority,
                 )  # fmt: skip
             else:
                 ticket = self._engine.read(
                     store, [self._read_item(want) for want in group],
                     deadline_ns=deadline, trace=first.trace, parent=first.parent,
-                    reason=first.reason.value,
+                    reason=first.reason.value, priority=priority,
                 )  # fmt: skip
         except HotsetError as error:
             for want in group:
@@ -131,29 +144,32 @@ class Fetcher:
         ticket.add_callback(lambda outcome: self._landed(store, group, outcome))
 
     def _landed(self, store: str, group: list[Want], outcome: Outcome) -> None:
-        if outcome.status is Status.DONE:
+        if outcome.status is Status.DONE and not any(item.lost for item in outcome.items):
             busy_ns = outcome.wire_ns + outcome.verify_ns
             self._directory.cost(store).observe(nbytes=outcome.nbytes, elapsed_ns=busy_ns)
         for offset, (want, item) in enumerate(zip(group, outcome.items, strict=True)):
             transfer_id = outcome.transfer_id + offset
+            self._learn(want, item)
             if item.status is Status.DONE:
-                self._count(store, want.nbytes)
+                self._count(item.source, want.nbytes)
                 if want.format is Format.BF16:
                     self._checksums.setdefault(want.block, item.checksum)
-                self._end(want, item, source=store, transfer_id=transfer_id)
+                self._end(want, item, source=item.source, transfer_id=transfer_id)
             else:
-                self._learn(want, item)
                 error = item.error or item.status.value
                 self._next_source(want, transfer_id=transfer_id, error=error)
 
     def _learn(self, want: Want, item: ItemResult) -> None:
-        copy = want.sources[0].copy
-        if copy is None:
-            return
-        if item.status is Status.STALE:
-            self._directory.forget(copy)
-        elif item.status in {Status.FAILED, Status.TIMED_OUT}:
-            self._directory.forget_store(copy.store, incarnation=copy.incarnation)
+        """Forget the sources that failed; `want.sources` begins with the last that was tried."""
+        ends = [loss.status for loss in item.lost] + [item.status]
+        for source, status in zip(want.sources, ends, strict=False):
+            if source.copy is None:
+                continue
+            if status is Status.STALE:
+                self._directory.forget(source.copy)
+            elif status in {Status.FAILED, Status.TIMED_OUT}:
+                self._directory.forget_store(source.store, incarnation=source.copy.incarnation)
+        want.sources = want.sources[len(item.lost) :]
 
     def _next_source(self, want: Want, *, transfer_id: int, error: str) -> None:
         want.sources = want.sources[1:]
@@ -206,7 +222,9 @@ class Fetcher:
             checksum=copy.checksum,
             incarnation=copy.incarnation,
         )
-        return ReadItem(remote_offset=copy.offset, dest=want.slot, expect=expect)
+        return ReadItem(
+            remote_offset=copy.offset, dest=want.slot, expect=expect, others=_peers_after(want)
+        )
 
     def _file_item(self, want: Want) -> FileItem:
         return FileItem(
@@ -222,3 +240,20 @@ class Fetcher:
                 checksum=self._checksums.get(want.block),
             ),
         )
+
+
+def _peers_after(want: Want) -> tuple[Replica, ...]:
+    """Further peers with the block, up to where storage stands in the order."""
+    others = []
+    for source in want.sources[1:]:
+        if source.copy is None:
+            break
+        others.append(
+            Replica(
+                peer=source.store,
+                remote_offset=source.copy.offset,
+                generation=source.copy.generation,
+                incarnation=source.copy.incarnation,
+            )
+        )
+    return tuple(others)

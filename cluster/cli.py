@@ -84,7 +84,8 @@ _CLUSTER_OPTIONS = (
     click.option("--move", default="auto", show_default=True,
                  help="auto, weights (always fetch) or tokens (always dispatch)"),
     click.option("--transport", default="nixl", show_default=True,
-                 help="nixl, auto (shared memory on one host, else nixl), or storage (no peers)"),
+                 help="nixl, auto (shared memory on one host, else nixl), tcp, ucx, or storage (no "
+                      "peers)"),
     click.option("--reduced-ratio", type=float, default=0.0, show_default=True,
                  help="share of a worker's memory offered to int8 copies"),
     click.option("--default-floor", default="bf16", show_default=True,

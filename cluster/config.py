@@ -47,7 +47,7 @@ class RunConfig(BaseModel):
     reference: Literal["eager", "grouped_mm"] = "eager"
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
-    transport: Literal["nixl", "auto", "storage"] = "nixl"
+    transport: Literal["nixl", "auto", "tcp", "ucx", "storage"] = "nixl"
     reduced_ratio: float = Field(default=0.0, ge=0, le=1)
     floors: dict[int, Literal["bf16", "int8"]] = Field(default_factory=dict)
     default_floor: Literal["bf16", "int8"] = "bf16"

@@ -27,6 +27,7 @@ from hotset.blocks.formats import codec
 from hotset.cluster.config import PROFILES, RunConfig, Sizes, new_run_dir, sizes
 from hotset.errors import ClusterError
 from hotset.policies.types import Format, Tier
+from hotset.transport.token import load_token, make_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +49,14 @@ def plan_nodes(config: RunConfig) -> dict[str, dict[str, float]]:
     return nodes
 
 
+def _run_token() -> bytes:
+    """HOTSET_TOKEN, else a token of this run's own."""
+    return load_token() or make_token()
+
+
 @dataclass(slots=True, kw_only=True)
 class Deployment:
-    """A run's actors. `emulated` says what is not the real device."""
+    """A run's actors. `emulated` says what is not the real device; `token` proves its stores."""
 
     run: str
     run_dir: Path
@@ -64,6 +70,7 @@ class Deployment:
     telemetry: dict[str, Any] = field(default_factory=dict)
     nodes: list[str] = field(default_factory=list)
     say: Callable[[str], None] = lambda _text: None
+    token: bytes = field(default_factory=_run_token, repr=False)
 
     # --- starting -------------------------------------------------------------------------------
 
@@ -206,6 +213,7 @@ class Deployment:
             device=self.config.device if tier is Tier.HBM else "cpu",
             link=PROFILES[self.config.cxl_profile] if tier is Tier.CXL else None,
             transport=self.config.transport,
+            token=self.token,
         )
 
     def _start_pool(self, name: str, *, tier: Tier, node: str) -> None:

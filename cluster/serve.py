@@ -158,18 +158,24 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def _require_transport(config: RunConfig) -> None:
-    if config.transport == "storage":
-        return
+    """Try the backend before anything starts. Raises DependencyError."""
     try:
-        from hotset.transport.nixl import NixlBackend
+        if config.transport in {"nixl", "auto"}:
+            from hotset.transport.nixl import NixlBackend
 
-        reason = NixlBackend.available()
+            reason = NixlBackend.available()
+        elif config.transport == "ucx":
+            from hotset.transport.ucx import UcxBackend
+
+            reason = UcxBackend.available()
+        else:
+            return
     except ImportError as error:
         reason = str(error)
     if reason:
         raise DependencyError(
-            f"NIXL does not work here ({reason})",
-            remedy="without it, run with --transport storage",
+            f"{config.transport} does not work here ({reason})",
+            remedy="without it, run with --transport tcp or storage",
         )
 
 

@@ -175,7 +175,7 @@ class Arrivals:
             checksum=verdict.checksum,
             generation=generation,
             source=track.peer,
-            attempt=track.attempt,
+            lost=track.lost,
         )
         self._close(track, result)
 
@@ -190,7 +190,7 @@ class Arrivals:
             dest=track.item.dest,
             error=error,
             source=track.peer,
-            attempt=track.attempt,
+            lost=track.lost,
         )
         self._close(track, result)
         if track.posts:
@@ -232,5 +232,5 @@ class Arrivals:
             verify_ns=times.verify_ns,
             activate_ns=times.activate_ns,
             reason=ring.name(job.reason),
-            attempt=result.attempt,
+            attempt=len(result.lost),
         )

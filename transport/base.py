@@ -44,7 +44,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hotset.errors import PeerGoneError, TransportError
 
@@ -174,11 +174,18 @@ class FileItem:
     expect: Expect
 
 
+class Loss(NamedTuple):
+    """A source that was given up: FAILED or STALE."""
+
+    peer: str
+    status: Status
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemResult:
     """The end of one item. On DONE the slot is READY with a header of this store's own.
 
-    `source` is the peer that was read last, `attempt` counts the sources given up before it.
+    `source` is the peer that was read last, `lost` are the sources given up before it.
     """
 
     status: Status
@@ -187,7 +194,7 @@ class ItemResult:
     generation: int = 0
     error: str = ""
     source: str = ""
-    attempt: int = 0
+    lost: tuple[Loss, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

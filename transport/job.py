@@ -22,7 +22,7 @@ from hotset.transport.header import HEADER_BYTES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hotset.transport.base import Expect, ItemResult
+    from hotset.transport.base import Expect, ItemResult, Loss
     from hotset.transport.header import Seen
     from hotset.transport.link import Link
     from hotset.transport.storage import StorageJob
@@ -136,7 +136,7 @@ class Track:
     source: Replica | None = None
     stage: Stage = Stage.WAITING
     posts: int = 0
-    attempt: int = 0
+    lost: tuple[Loss, ...] = ()
     pieces: Pieces | None = None
     verdict: Verdict | None = None
     first_ns: int = 0
@@ -188,12 +188,12 @@ class Track:
         copy = self.replica(peer)
         return replace(expect, generation=copy.generation, incarnation=copy.incarnation)
 
-    def next_source(self) -> bool:
+    def next_source(self, loss: Loss) -> bool:
         """Go on to the next source; False when there is none or enough were tried."""
-        if not self.rest or self.attempt >= MAX_RETRIES:
+        if not self.rest or len(self.lost) >= MAX_RETRIES:
             return False
         self.source, self.rest = self.rest[0], self.rest[1:]
-        self.attempt += 1
+        self.lost = (*self.lost, loss)
         self.pieces = None
         return True
 

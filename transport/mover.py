@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from hotset.errors import TransportError
 from hotset.transport.arrivals import Arrivals, Check
-from hotset.transport.base import FileItem, ItemResult, ReadItem, Span, Status
+from hotset.transport.base import FileItem, ItemResult, Loss, ReadItem, Span, Status
 from hotset.transport.flights import Flights
 from hotset.transport.fused import Fused
 from hotset.transport.job import Job, Pieces, Post, Stage, Track, spans
@@ -228,7 +228,7 @@ class Mover:
         if isinstance(item, FileItem):
             self._link(STORAGE).push(track)
             return
-        striped = item.stripe and track.attempt == 0 and bool(track.rest)
+        striped = item.stripe and not track.lost and bool(track.rest)
         names = [track.peer, *(copy.peer for copy in track.rest)] if striped else [track.peer]
         if track.pieces is None and (striped or item.follow or item.stream):
             track.pieces = Pieces(end=track.slot_bytes, bare=True)
@@ -460,8 +460,8 @@ class Mover:
     def _advance(self, track: Track, status: Status, error: str, *, keep: bool, peer: str) -> None:
         """Go on to the next source, or end the track."""
         pieces = track.pieces
-        if not track.next_source():
-            self._arrivals.end(track, status, f"{peer}: {error}" if track.attempt else error)
+        if not track.next_source(Loss(peer, status)):
+            self._arrivals.end(track, status, f"{peer}: {error}" if track.lost else error)
             return
         if keep:
             track.pieces = pieces  # content is the same everywhere: what has landed counts

@@ -196,7 +196,7 @@ def _obey_pull(store: Store, order: str, argument: Any) -> Any:
     store.pulls.clear()
     store.landed += [r.dest for r in results if r.status.value == "done"]
     slab.check_integrity()
-    return [(r.status.value, r.checksum, r.source, r.attempt, r.error) for r in results]
+    return [(r.status.value, r.checksum, r.source, len(r.lost), r.error) for r in results]
 
 
 class PeerProcess:
