@@ -1,0 +1,63 @@
+"""Links that are cut, restored and slowed between two network namespaces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.transport.cells import CABLE_EVENTS, Pair
+from tests.transport.killmatrix import CABLE, run_cell
+from tests.transport.netlab import NetLab, why_not
+from tests.transport.stores import missing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_REASON = why_not()
+pytestmark = [pytest.mark.nixl, pytest.mark.skipif(bool(_REASON), reason=_REASON or "-")]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[NetLab]:
+    with NetLab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=CABLE)
+def pairs(request: pytest.FixtureRequest, lab: NetLab) -> Iterator[list[Pair]]:
+    if missing(request.param):
+        pytest.skip(missing(request.param))
+    made = [Pair(request.param, lab=lab)]
+    yield made
+    assert made[0].close() == []
+    lab.repair()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", CABLE_EVENTS)
+def test_a_bad_link_ends_every_read_in_time(pairs: list[Pair], event: str) -> None:
+    try:
+        cell = run_cell(pairs[0], event, CABLE_EVENTS[event], rounds=1, warm=0)
+    except BaseException:
+        lab = pairs[0].lab
+        pairs[0].discard()
+        pairs[0] = Pair(pairs[0].kind, lab=lab)
+        raise
+    assert cell.wrong == []
+    assert cell.mid == 1
+
+
+def test_the_cable_carries_what_it_is_told_to(lab: NetLab) -> None:
+    pair = Pair("tcp", lab=lab)
+    try:
+        assert pair.good() == []
+        lab.slow(100)
+        begun = pair.begin(seconds=0.5)
+        report = pair.sink.call("wait")
+        assert begun.open
+        assert set(report.statuses) == {"timed_out"}
+    finally:
+        lab.repair()
+        assert pair.sink.call("settle", 20.0) >= 0
+        assert pair.close() == []
