@@ -14,6 +14,7 @@ with a reason and costs nobody else; a reader that takes nothing for PATIENCE_S 
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 from typing import TYPE_CHECKING, Final
@@ -40,7 +41,8 @@ REFUSED: Final = 1
 
 def pack_request(number: int, ranges: Sequence[tuple[int, int]]) -> bytes:
     """Make a request for (offset, nbytes) ranges of the peer's slab."""
-    return REQUEST.pack(number, len(ranges)) + np.array(ranges, dtype="<u8").tobytes()
+    flat = itertools.chain.from_iterable(ranges)
+    return struct.pack(f"<QI{2 * len(ranges)}Q", number, len(ranges), *flat)
 
 
 def serve(sock: socket.socket, memory: Memory) -> None:
@@ -65,6 +67,8 @@ def _next_request(sock: socket.socket) -> bytes:
             head = sock.recv(REQUEST.size, socket.MSG_WAITALL)
         except BlockingIOError:
             continue
+        if head and len(head) < REQUEST.size:  # a signal, or the end
+            head += receive_exactly(sock, REQUEST.size - len(head))
         return head if len(head) == REQUEST.size else b""
 
 
@@ -80,7 +84,7 @@ def _answer(
         reason = f"a range lies outside of the slab of {memory.nbytes} bytes".encode()
         sock.sendall(REPLY.pack(number, len(reason), REFUSED) + reason)
         return
-    ranges = [(int(offset), int(nbytes)) for offset, nbytes in table]
+    ranges: list[tuple[int, int]] = table.tolist()
     head = REPLY.pack(number, sum(nbytes for _, nbytes in ranges), OK)
     for group in pieces(ranges):
         send_views(sock, [head, *(memory.read(offset, nbytes) for offset, nbytes in group)])
