@@ -24,6 +24,7 @@ from hotset.transport.records import Ring
 from hotset.transport.shm import ShmBackend
 from hotset.transport.slab import Slab, Slot
 from hotset.transport.tcp import TcpBackend
+from hotset.transport.ucx import UcxBackend
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 CALL_TIMEOUT_S = 60.0
 FORMAT = 7
 _HOW = ("remote_offset", "others", "stripe", "follow", "stream")
-BACKENDS = {"nixl": NixlBackend, "shm": ShmBackend, "node": NodeBackend, "tcp": TcpBackend}
+BACKENDS = {
+    "nixl": NixlBackend,
+    "shm": ShmBackend,
+    "node": NodeBackend,
+    "tcp": TcpBackend,
+    "ucx": UcxBackend,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from hotset.transport.base import Status
 from hotset.transport.header import checksum
 from hotset.transport.records import ROW, Code, Kind
 from hotset.transport.slab import SlotState
+from hotset.transport.ucx import UcxBackend
 from tests.transport.worlds import NBYTES, World, deadline
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
         "loopback",
         "shm",
         "tcp",
+        pytest.param(
+            "ucx",
+            marks=pytest.mark.skipif(
+                bool(UcxBackend.available()), reason=f"UCX: {UcxBackend.available()}"
+            ),
+        ),
         pytest.param("nixl", marks=pytest.mark.nixl),
         pytest.param("node", marks=pytest.mark.nixl),
     ],
