@@ -36,13 +36,14 @@ from hotset.transport.base import PostState
 from hotset.transport.handshake import Identity, greet
 from hotset.transport.memory import HostMemory
 from hotset.transport.tcp_serve import MOST_REASON_BYTES, OK, REPLY, pack_request
-from hotset.transport.wire import dial, pieces, receive_exactly, receive_views
+from hotset.transport.wire import RECEIVE_BYTES, dial, pieces, receive_exactly, receive_views
 
 if TYPE_CHECKING:
     from hotset.transport.memory import Memory
 
 CONNECT_NS: Final = 5_000_000_000
 SKIP_BYTES: Final = 1 << 20  # a longer reply that nobody wants is cheaper to hang up on
+STAGED_BYTES: Final = 4 << 20  # on the way to device memory
 PURPOSE: Final = "read"
 
 
@@ -282,9 +283,9 @@ class Link:
         if isinstance(memory, HostMemory):
             return all(
                 receive_views(sock, [memory.view(*part) for part in group])
-                for group in pieces(post.into)
+                for group in pieces(post.into, size=RECEIVE_BYTES)
             )
-        for group in pieces(post.into):  # through the host, piece by piece
+        for group in pieces(post.into, size=STAGED_BYTES):  # through the host, piece by piece
             for offset, nbytes in group:
                 data = receive_exactly(sock, nbytes)
                 if not data:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from hotset.errors import TransportError
-from hotset.transport.wire import patience, pieces, receive_exactly, send_views
+from hotset.transport.wire import SEND_BYTES, patience, pieces, receive_exactly, send_views
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,9 +84,9 @@ def _answer(
         reason = f"a range lies outside of the slab of {memory.nbytes} bytes".encode()
         sock.sendall(REPLY.pack(number, len(reason), REFUSED) + reason)
         return
-    ranges: list[tuple[int, int]] = table.tolist()
+    ranges = [(offset, nbytes) for offset, nbytes in table.tolist()]
     head = REPLY.pack(number, sum(nbytes for _, nbytes in ranges), OK)
-    for group in pieces(ranges):
+    for group in pieces(ranges, size=SEND_BYTES):
         send_views(sock, [head, *(memory.read(offset, nbytes) for offset, nbytes in group)])
         head = b""
     if head:  # nothing but empty ranges
