@@ -1,4 +1,6 @@
-"""A TCP source whose replies a test decides, byte by byte, behind a true handshake."""
+"""Both ends of TCP reads without engines: a bare backend with a marked slab, and a source whose
+replies a test decides, byte by byte, behind a true handshake.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,50 @@ import threading
 from typing import TYPE_CHECKING, Self
 
 import msgspec
+import numpy as np
 
-from hotset.transport.base import PeerInfo
+from hotset.transport.base import PeerInfo, PostState, Span
 from hotset.transport.handshake import Identity
 from hotset.transport.listener import Listener
+from hotset.transport.memory import DeviceMemory
+from hotset.transport.slab import Slab
+from hotset.transport.tcp import TcpBackend
 from hotset.transport.tcp_serve import OK, RANGE_BYTES, REPLY, REQUEST
 from hotset.transport.wire import receive_exactly
+from tests.transport.worlds import until
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 WAIT_S = 10.0
+NBYTES = 300_000
+MARK = 0xEE
+
+
+class Reader:
+    """A backend with a slab of marked bytes and no engine."""
+
+    def __init__(self, *, device_memory: bool = False) -> None:
+        self.slab = Slab(
+            capacity_bytes=16 << 20, slot_payload_bytes=1 << 20, name="reader", incarnation=1
+        )
+        if device_memory:
+            self.slab.memory = DeviceMemory(self.slab.nbytes, device="cpu", name="reader")
+        self.slab.memory.write(0, bytes([MARK]) * self.slab.nbytes)
+        self.backend = TcpBackend()
+        self.backend.register(self.slab)
+
+    def post(self, at: int, nbytes: int = NBYTES, remote: int = 0) -> int:
+        span = Span(local_offset=at, remote_offset=remote, nbytes=nbytes)
+        return self.backend.post("source", [span])
+
+    def state(self, handle: int, *, seconds: float = 10.0) -> tuple[PostState, str]:
+        """How a post ends, or PENDING when it does not within `seconds`."""
+        until(lambda: self.backend.poll(handle)[0] is not PostState.PENDING, seconds=seconds)
+        return self.backend.poll(handle)
+
+    def holds(self, at: int, value: int, nbytes: int = NBYTES) -> bool:
+        return bool((np.frombuffer(self.slab.memory.read(at, nbytes), np.uint8) == value).all())
 
 
 class ScriptedSource:
