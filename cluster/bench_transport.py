@@ -65,7 +65,7 @@ class Limits:
     total_s: float | None  # None: as long as it takes
 
 
-QUICK: Final = Limits(rounds=LEAST_ROUNDS, visit_ns=20_000_000, start_s=22, answer_s=8, total_s=34)
+QUICK: Final = Limits(rounds=LEAST_ROUNDS, visit_ns=20_000_000, start_s=22, answer_s=8, total_s=35)
 
 
 @dataclass(slots=True)
@@ -169,13 +169,14 @@ class Bench:
         passing = [group for group in self._groups.values() if not group.lasting]
         for done, case in enumerate(cases):
             self._say(f"bench transport: {case.label}")
-            begin, share = time.monotonic(), self._left_s() / (len(cases) - done)
+            begin = time.monotonic()
+            share = self._left_s() * _weight(case) / sum(_weight(one) for one in cases[done:])
             if case.nbytes != nbytes:  # stores are made for one size of block
                 nbytes = case.nbytes
                 _drop_all(passing)
                 batch = max(one.batch for one in cases if one.nbytes == nbytes)
                 self._start(passing, Case(nbytes=nbytes, batch=batch))
-            self._measure(case, end=begin + share)
+            self._measure(case, end=begin + share, last=begin + 1.3 * share)
 
     # --- time -------------------------------------------------------------------------------------
 
@@ -278,6 +279,7 @@ class Bench:
             name="Ray",
             environment=LOOPBACK,
             folder=self._folder,
+            move_s=self._limits.answer_s / 2,
             store_bytes=4 * largest + 128 * MIB,
             backends=backends,
         )
@@ -295,13 +297,14 @@ class Bench:
         except ClusterError as error:
             group.fail(error.what)
 
-    def _measure(self, case: Case, *, end: float) -> None:
+    def _measure(self, case: Case, *, end: float, last: float) -> None:
+        """Take rounds until there are enough; fewer after `end`, as few as one after `last`."""
         for group in self._groups.values():
             if group.reader is not None:
                 self._ask(group, "build", case)
         for number in range(self._limits.rounds + 1):
-            late = time.monotonic() > end
-            if self._left_s() < 1 or (late and number > LATE_ROUNDS):
+            now = time.monotonic()
+            if (now > end and number > LATE_ROUNDS) or (now > last and number > 1):
                 break
             self._round(case, number)
         for row in self.results.of_case(case):
@@ -346,6 +349,11 @@ def _drop_all(groups: Sequence[_Group]) -> None:
     end_all([part for group in groups for part in group.others])
     for group in groups:
         group.reader, group.others = None, []
+
+
+def _weight(case: Case) -> int:
+    """How long a case takes, roughly, beside others."""
+    return 2 if case.total >= LONG_BYTES else 1
 
 
 def _name(lane: Lane) -> str:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from multiprocessing.connection import Connection
 
-END_S: Final = 3.0
+END_S: Final = 2.0
 SHARED_IMPORTS: Final = ("hotset.cluster.bench_transport_stores", "hotset.transport.nixl")
 
 

@@ -80,8 +80,11 @@ class Holder:
 class RayPart:
     """The private cluster, one pair of actors for store and gloo, one for NIXL."""
 
-    def __init__(self, *, folder: str, store_bytes: int, backends: tuple[str, ...]) -> None:
-        """Start cluster and actors; a way that cannot work is told by its lane."""
+    def __init__(
+        self, *, folder: str, store_bytes: int, backends: tuple[str, ...], move_s: float
+    ) -> None:
+        """Start cluster and actors; a way that fails, or needs over `move_s`, is given up alone."""
+        self._move_s = move_s
         os.environ[_NICENESS] = "0"  # Ray's 15 would starve its actors beside others
         allocator = os.environ.get(_ALLOCATOR)
         quiet_environment()
@@ -149,8 +152,12 @@ class RayPart:
         """Take one turn, or say why this way cannot work here."""
         if backend in self._broken:
             return self._broken[backend]
-        with self._awake("nixl" if backend == "rdt-nixl" else ""):
-            return timed(lambda: self._move(backend), visit)
+        try:
+            with self._awake("nixl" if backend == "rdt-nixl" else ""):
+                return timed(lambda: self._move(backend), visit)
+        except ray.exceptions.RayError as error:  # a hung transfer is one, too
+            self._broken[backend] = _reason(error)
+            return self._broken[backend]
 
     def baseline_ns(self, count: int) -> int:
         """Least cost of the two calls in ns, with an empty list through the object store."""
@@ -167,7 +174,7 @@ class RayPart:
         giver, taker = self._pairs["nixl" if backend == "rdt-nixl" else "plain"]
         give = {"ray-store": giver.store, "rdt-nixl": giver.nixl, "rdt-gloo": giver.gloo}[backend]
         begin = time.perf_counter_ns()
-        came = ray.get(taker.take.remote(give.remote()), timeout=CALL_S)
+        came = ray.get(taker.take.remote(give.remote()), timeout=self._move_s)
         elapsed = time.perf_counter_ns() - begin
         if came != self._total:
             raise ClusterError(f"{came} bytes came of {self._total}", remedy="run again")

@@ -66,6 +66,7 @@ def _targets() -> tuple[Target, ...]:
 
 
 TARGETS: Final = _targets()
+LEAST_ROUNDS: Final = 3  # fewer say nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,7 @@ def judge(results: Results) -> list[Verdict]:
 
 def _judge(target: Target, results: Results) -> Verdict:
     found = [results.ratios(target.lane, peer, target.case) for peer in target.peers]
-    measured = [ratios for ratios in found if ratios]
+    measured = [ratios for ratios in found if len(ratios) >= LEAST_ROUNDS]
     if not measured:
         return Verdict(target=target, measured=None, why=_why(target, results))
     ratios = min(measured, key=statistics.median)  # the fastest peer is the hardest
@@ -109,4 +110,4 @@ def _why(target: Target, results: Results) -> str:
             return f"{target.case.label} of {key.partition('/')[0]} was left out"
         if row.failed:
             return f"{key.partition('/')[0]}: {row.failed}"
-    return "no round has both"
+    return "there was time for too few rounds"

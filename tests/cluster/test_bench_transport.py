@@ -116,7 +116,7 @@ def test_a_round_that_one_side_missed_does_not_count() -> None:
 @pytest.mark.parametrize(("ns", "word"), [(100, "met"), (105, "met"), (106, "missed")])
 def test_a_target_is_met_or_missed_by_what_was_measured(ns: int, word: str) -> None:
     case = Case(nbytes=64 * MIB, batch=1)
-    verdicts = judge(results_of(case, nixl_read=[ns], raw_nixl_read=[100]))
+    verdicts = judge(results_of(case, nixl_read=[ns] * 3, raw_nixl_read=[100] * 3))
     found = {verdict.target.text: verdict for verdict in verdicts if verdict.target.case == case}
     assert found["nixl of raw NIXL"].word == word
     assert found["shm of memcpy"].word == "not measured"
@@ -124,10 +124,19 @@ def test_a_target_is_met_or_missed_by_what_was_measured(ns: int, word: str) -> N
 
 def test_the_fastest_peer_is_the_one_to_beat() -> None:
     results = results_of(
-        ONE, nixl_read=[100], rdt_nixl_return=[9000], rdt_gloo_return=[4000]
+        ONE, nixl_read=[100] * 3, rdt_nixl_return=[9000] * 3, rdt_gloo_return=[4000] * 3
     )  # fmt: skip
     verdict = next(v for v in judge(results) if "Direct Transport" in v.target.text)
     assert (verdict.measured, verdict.word) == (40.0, "missed")
+
+
+def test_two_rounds_are_too_few_for_a_verdict() -> None:
+    case = Case(nbytes=64 * MIB, batch=1)
+    results = results_of(case, shm_read=[100, 100], memcpy_copy=[100, 100])
+    verdict = next(
+        v for v in judge(results) if v.target.lane == "shm/read" and v.target.case == case
+    )
+    assert (verdict.word, verdict.why) == ("not measured", "there was time for too few rounds")
 
 
 def test_a_failed_lane_is_a_row_with_its_reason() -> None:
