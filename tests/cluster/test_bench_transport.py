@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from hotset.cluster import cli
-from hotset.cluster.bench_transport import QUICK
+from hotset.cluster.bench_transport import Bench, Limits
 from hotset.cluster.bench_transport_case import (
     LANES,
     MEMCPY,
@@ -204,6 +204,30 @@ def test_a_part_that_raises_says_why(part: Part) -> None:
         part.call("build", ONE, timeout_s=10)
 
 
+def test_a_contender_that_dies_or_hangs_becomes_rows_and_the_rest_goes_on() -> None:
+    small = (Case(nbytes=64 << 10, batch=1), Case(nbytes=128 << 10, batch=1))
+    limits = Limits(rounds=5, visit_ns=0, start_s=30, answer_s=1, total_s=None)
+    bench = Bench(choose_lanes("shm,socket", ray=False), small, limits, say=lambda _text: None)
+    build = bench._start
+
+    def start_and_harm(groups: list[Any], case: Case | None) -> None:
+        build(groups, case)
+        for group in groups:
+            if group.name == "shm" and case == small[0]:
+                os.kill(group.reader.pid, signal.SIGKILL)
+            if group.name == "socket":
+                os.kill(group.others[0].pid, signal.SIGSTOP)
+
+    bench._start = start_and_harm  # type: ignore[method-assign] # harm comes from outside
+    results = bench.run()
+    died, came_back = (results.rows["shm/read", case] for case in small)
+    assert "was ended by signal 9" in died.failed
+    assert (came_back.failed, len(came_back.rounds_ns)) == ("", 5)
+    for case in small:
+        assert "did not answer in 1 s" in results.rows["socket/receive", case].failed
+        assert len(results.rows[MEMCPY, case].rounds_ns) == 5
+
+
 # --- the command ---
 
 
@@ -261,7 +285,6 @@ def test_quick_ends_in_time_with_every_contender(
     for row in rows:
         assert row["rounds"] or row["failed"]
     assert plot.read_text(encoding="utf-8").startswith("<?xml")
-    assert QUICK.total_s is not None
 
 
 def test_a_plot_is_drawn_from_what_there_is(tmp_path: Path) -> None:
