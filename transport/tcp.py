@@ -17,6 +17,7 @@ that they know the cluster's token.
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -73,6 +74,15 @@ class TcpBackend(Backend):
         self._leaving: list[Link] = []
         self._posts: dict[int, tuple[Link, Post]] = {}
         self._numbers = itertools.count(1)
+
+    @staticmethod
+    def available() -> str:
+        """'' when sockets work here, else the remedy."""
+        try:
+            socket.create_server(("127.0.0.1", 0)).close()
+        except OSError as error:
+            return f"allow this process to listen on 127.0.0.1 ({error.strerror})"
+        return ""
 
     def register(self, slab: Slab) -> None:
         """Listen for readers of the slab. Raises ConfigError, TransportError."""

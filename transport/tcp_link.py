@@ -235,7 +235,7 @@ class Link:
     def _note_opening(self, sock: socket.socket) -> None:
         with self._lock:
             if self._closing:
-                raise PeerGoneError("the connection was closed", remedy="")
+                raise PeerGoneError("the connection was closed", remedy="connect the store anew")
             self._opening = sock
 
     def _not_opened(self, sock: socket.socket | None, error: TransportError) -> None:

@@ -87,6 +87,7 @@ def dial(
 ) -> socket.socket:
     """Connect. `opened` gets the socket first, so that another thread can shut it down.
 
+    Advertise numeric addresses: resolving a name takes as long as the resolver likes.
     Raises PeerGoneError when nobody listens, TransferTimeout.
     """
     sock: socket.socket | None = None

@@ -59,6 +59,10 @@ def test_off_loopback_a_token_is_required(host: str) -> None:
     assert caught.value.remedy
 
 
+def test_sockets_are_available_here() -> None:
+    assert TcpBackend.available() == ""
+
+
 def test_any_address_cannot_be_advertised_and_a_taken_port_is_told() -> None:
     with pytest.raises(ConfigError, match="not an address"):
         TcpBackend(host="0.0.0.0", token=TOKEN)  # noqa: S104 - refused
