@@ -330,13 +330,19 @@ def bench_transport(**options: Any) -> None:
 
 
 @main.command()
-def doctor() -> None:
+@click.option("--json", "as_json", is_flag=True, help="print a JSON list of findings, nothing else")
+def doctor(*, as_json: bool) -> None:
     """Say which parts work on this machine, and why the others do not."""
+    import json
+
     from hotset.cluster.doctor import examine
 
-    lines, good = examine()
-    for line in lines:
-        click.echo(line)
+    findings, good = examine()
+    if as_json:
+        click.echo(json.dumps([found.row() for found in findings]))
+    else:
+        for found in findings:
+            click.echo(found.line())
     sys.exit(0 if good else 1)
 
 
