@@ -24,7 +24,6 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import ConfigError
-from hotset.transport.base import LinkProfile
 from hotset.transport.pacepage import (
     CHUNKS,
     CLAMPED,
@@ -39,6 +38,8 @@ from hotset.transport.pacepage import (
 if TYPE_CHECKING:
     from collections.abc import MutableSequence
 
+    from hotset.transport.base import LinkProfile
+
 BURST_NS: Final = 5_000_000
 URGENT_NS: Final = 1_000_000  # how long the link is kept for an imminent chunk that waits for it
 MAX_AHEAD_CHUNKS: Final = 16  # readers that reserve in the same microseconds; more is not believed
@@ -47,11 +48,9 @@ MAX_AHEAD_CHUNKS: Final = 16  # readers that reserve in the same microseconds; m
 class Pacer:
     """One reader's view of a source's link. Thread-safe."""
 
-    def __init__(  # noqa: PLR0913 - ends with the former signature
+    def __init__(
         self,
-        profile: LinkProfile | int,
-        latency_ns: int = 0,  # with the next: the former signature, until the mover has switched
-        scale: float = 1.0,
+        profile: LinkProfile,
         *,
         time_scale: float = 1.0,
         page: PacePage | None = None,
@@ -62,11 +61,6 @@ class Pacer:
         `time_scale` stretches all times of the profile. Raises ConfigError for a link that cannot
         be.
         """
-        if isinstance(profile, int):
-            time_scale = scale
-            profile = LinkProfile(
-                bandwidth_bytes_per_s=profile, latency_ns=latency_ns, emulated=True
-            )
         _check(profile, time_scale)
         self.page = page
         self._ns_per_byte = 1e9 * time_scale / profile.bandwidth_bytes_per_s
@@ -120,14 +114,6 @@ class Pacer:
         if self._jitter_ns:
             end += int(self._random() * (self._jitter_ns + 1))
         return end + self._latency_ns
-
-    def delay_ns(self, nbytes: int, now_ns: int, *, started_ns: int | None = None) -> int:
-        """Ns from `now_ns` until a read that has landed may end: the former way, unshared."""
-        fields = self._fields
-        with self._lock:
-            begin = max(now_ns if started_ns is None else started_ns, fields[FREE_AT_NS])
-            end = fields[FREE_AT_NS] = begin + math.ceil(nbytes * self._ns_per_byte)
-        return max(0, end + self._latency_ns - now_ns)
 
 
 def _check(profile: LinkProfile, time_scale: float) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from hotset.errors import CheckpointError, ConfigError
 from hotset.transport import files
-from hotset.transport.base import Expect, FileItem, FileRange, Status
+from hotset.transport.base import Expect, FileItem, FileRange, LinkProfile, Status
 from hotset.transport.engine import STORAGE
 from hotset.transport.header import checksum
 from hotset.transport.pacing import Pacer
@@ -142,7 +142,8 @@ def test_bytes_that_differ_from_the_catalog_are_stale(store: Store, tmp_path: Pa
 
 def test_a_paced_disk_is_slow_and_says_when_it_times_out(tmp_path: Path) -> None:
     path, _ = _file(tmp_path, 3_000)
-    slow = StorageReader(pacer=Pacer(1_000_000_000, 10_000_000_000))
+    link = LinkProfile(bandwidth_bytes_per_s=10**9, latency_ns=10**10, emulated=True)
+    slow = StorageReader(pacer=Pacer(link))
     store = build(
         name="paced", incarnation=1, backend=None, blocks=0, nbytes=NBYTES, room=8, storage=slow
     )
