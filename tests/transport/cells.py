@@ -1,9 +1,9 @@
 """The cells of the kill matrix: one event each, done to a transfer that is under way.
 
-A `Pair` is a source and a sink in processes of their own. An event takes a pair through one round:
-a read begins, something happens while its bytes land, the result is judged, every slot that was
-given back is reused at once and watched, and a further read must be good. A round ends with the
-list of what was wrong; nothing is asserted here, so the long run counts and the tests judge.
+An event takes a pair of stores through one round: a read or a write begins, something happens while
+its bytes land, the result is judged, every slot that was given back is reused at once and watched,
+and a further transfer must be good. A round ends with the list of what was wrong; nothing is
+asserted here, so the long run counts and the tests judge.
 """
 
 from __future__ import annotations
@@ -11,136 +11,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from tests.transport.netlab import DEVICE, Flipper
-from tests.transport.stores import SLACK_NS, TCP, Begun, Report, Shape, StoreProcess, Strike
+from tests.transport.netlab import Flipper
+from tests.transport.pair import BLOCKS, NBYTES, Pair, Round
+from tests.transport.stores import Begun, Report, Strike
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.transport.netlab import NetLab
 
-NBYTES: Final = 4 << 20
-BLOCKS: Final = 8  # 32 MiB a read: 5 to 30 ms
-SPARE: Final = 6  # slots beside the destinations
-GOOD_S: Final = 10.0
 SETTLE_S: Final = 25.0  # an abandoned transfer has ended by then, even by a keepalive
-
-
-@dataclass(slots=True)
-class Round:
-    """What one round showed. `mid`: the event came while bytes landed and some had not yet."""
-
-    statuses: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    mid: bool = False
-    late_ns: int = 0
-    settle_s: float = 0.0
-    quarantined: int = 0
-
-    def take(self, report: Report, *, allowed: set[str], excuse_ns: int = 0) -> None:
-        """Judge the end of the read that the event was done to."""
-        self.statuses = report.statuses
-        self.late_ns = report.after_deadline_ns - excuse_ns
-        self.quarantined = report.quarantined
-        if not set(report.statuses) <= allowed:
-            self.wrong.append(f"ended as {report.statuses}: {report.errors}")
-        if self.late_ns > SLACK_NS:
-            self.wrong.append(f"ended {self.late_ns / 1e9:.3f} s after its deadline")
-        if report.corrupt:
-            self.wrong.append(f"{report.corrupt} blocks are DONE with other bytes")
-        for status, state in zip(report.statuses, report.held, strict=False):
-            fit = {"READY"} if status == "done" else {"FREE", "QUARANTINED"}
-            if state not in fit:
-                self.wrong.append(f"a slot of an item that is {status} is {state}")
-
-
-class Pair:
-    """A source and a sink that read it; either can be replaced by a new incarnation."""
-
-    def __init__(self, kind: str, *, lab: NetLab | None = None) -> None:
-        """Start both, over a cable when there is a lab, and read once."""
-        self.kind = kind
-        self.lab = lab
-        self._incarnation = 0
-        self._coming: dict[str, StoreProcess] = {}
-        self.ends: list[str] = []
-        self.seed = 1000
-        self.source = self._start("source")
-        self.sink = self._start("sink")
-        self.source.ready()
-        self.sink.ready()
-        self.meet()
-
-    def _start(self, name: str) -> StoreProcess:
-        self._incarnation += 1
-        host = None
-        if self.lab is not None:
-            host = self.lab.left if name == "source" else self.lab.right
-        shape = Shape(
-            name=name,
-            incarnation=self._incarnation,
-            kind=self.kind,
-            blocks=BLOCKS if name == "source" else 0,
-            room=2 if name == "source" else BLOCKS + SPARE,
-            nbytes=NBYTES,
-            environment=TCP | {"UCX_NET_DEVICES": DEVICE} if host else {},
-            netns=host.netns if host else "",
-            address=host.address if host else "",
-        )
-        return StoreProcess(shape)
-
-    def meet(self) -> str:
-        """Let the sink know the source; '' or the error."""
-        error: str = self.sink.call("connect", self.source.info)
-        return error
-
-    def prepare(self, name: str) -> None:
-        """Start the next incarnation, so that it is there when the present one is dead."""
-        self._coming[name] = self._start(name)
-
-    def replace(self, name: str) -> str:
-        """Put the next incarnation in the place of a killed store; '' or what was wrong."""
-        old: StoreProcess = getattr(self, name)
-        code = old.exit_code()
-        setattr(self, name, self._coming.pop(name).ready())
-        wrong = "" if code == -signal.SIGKILL else f"the killed {name} ended with {code}"
-        return self.meet() or wrong
-
-    def refresh(self) -> None:
-        """Ask the source for its present copies."""
-        self.source.info, self.source.copies = self.source.call("describe")
-
-    def begin(self, *, seconds: float, strike: Strike | None = None) -> Begun:
-        """Read all copies; returns when bytes land and the strike is done."""
-        begun: Begun = self.sink.call("read", "source", self.source.copies, seconds, strike)
-        return begun
-
-    def good(self, *, name: str = "a further read") -> list[str]:
-        """Read everything; what is wrong with it."""
-        self.begin(seconds=GOOD_S)
-        report: Report = self.sink.call("wait")
-        if set(report.statuses) == {"done"} and not report.corrupt:
-            return []
-        return [f"{name} ended as {report.statuses}, {report.corrupt} corrupt: {report.errors}"]
-
-    def close(self) -> list[str]:
-        """End both in good order, the reader first; what went wrong."""
-        stores = [self.sink, self.source, *self._coming.values()]
-        try:
-            return [text for text in (store.ready().end() for store in stores) if text]
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """End both whatever their state."""
-        for store in (self.sink, self.source, *self._coming.values()):
-            store.discard()
-        if self.lab is not None:
-            self.lab.repair()
 
 
 def _reuse(pair: Pair, result: Round) -> None:
@@ -153,7 +38,8 @@ def _settle(pair: Pair, result: Round) -> None:
     """Every abandoned transfer ends and its slots return; no canary was touched meanwhile."""
     result.settle_s = pair.sink.call("settle", SETTLE_S)
     if result.settle_s < 0:
-        result.wrong.append(f"slots are still in quarantine after {SETTLE_S:.0f} s")
+        held = pair.sink.call("holds")
+        raise RuntimeError(f"slots have not returned after {SETTLE_S:.0f} s: {held}, {result}")
     result.wrong += pair.sink.call("check")
 
 
@@ -171,7 +57,7 @@ def source_killed(pair: Pair) -> Round:
     pair.prepare("source")
     begun = pair.begin(seconds=2.0, strike=Strike(signal.SIGKILL, pair.source.pid))
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed={"done", "failed"})
+    result.take(pair.report(source_lives=False), allowed={"done", "failed"})
     _reuse(pair, result)
     _settle(pair, result)
     error = pair.replace("source")
@@ -182,7 +68,9 @@ def source_killed(pair: Pair) -> Round:
 def destination_killed(pair: Pair) -> Round:
     result = Round(statuses=["-"], mid=True)
     pair.prepare("sink")
-    pair.sink.send("read", "source", pair.source.copies, 2.0, Strike(signal.SIGKILL, 0))
+    pair.launch(seconds=2.0, strike=Strike(signal.SIGKILL, 0))
+    if pair.writes:
+        result.take(pair.report(sink_lives=False), allowed={"done", "failed", "timed_out"})
     error = pair.replace("sink")
     result.wrong += [error] if error else []
     return _after(pair, result)
@@ -194,9 +82,15 @@ def source_stopped(pair: Pair) -> Round:
     result.mid = begun.landing and begun.open
     if not pair.source.stopped():
         result.wrong.append("the source did not stop")
-    result.take(pair.sink.call("wait"), allowed={"done", "timed_out"})
-    _reuse(pair, result)
-    pair.source.thaw()
+    if pair.writes:  # the sink alone can tell until the source runs again
+        _pass(time.monotonic_ns() + 400_000_000)
+        pair.source.thaw()
+        result.take(pair.report(), allowed={"done", "timed_out"})
+        _reuse(pair, result)
+    else:
+        result.take(pair.report(), allowed={"done", "timed_out"})
+        _reuse(pair, result)
+        pair.source.thaw()
     _settle(pair, result)
     return _after(pair, result)
 
@@ -205,7 +99,7 @@ def destination_stopped(pair: Pair) -> Round:
     result = Round()
     seconds = 0.3
     begin = time.monotonic_ns()
-    pair.sink.send("read", "source", pair.source.copies, seconds, Strike(signal.SIGSTOP, 0))
+    pair.launch(seconds=seconds, strike=Strike(signal.SIGSTOP, 0))
     if not pair.sink.stopped():
         result.wrong.append("the sink did not stop")
     _pass(begin + int((seconds + 0.05) * 1e9))
@@ -213,21 +107,24 @@ def destination_stopped(pair: Pair) -> Round:
     pair.sink.thaw()
     begun: Begun = pair.sink.answer()
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed={"done", "timed_out"}, excuse_ns=asleep_ns)
+    result.take(pair.report(), allowed={"done", "timed_out"}, excuse_ns=asleep_ns)
     _reuse(pair, result)
     _settle(pair, result)
     return _after(pair, result)
 
 
 def _while_landing(pair: Pair, *, allowed: set[str], order: str, argument: Any) -> Round:
-    """The source does something while it is read."""
+    """The source does something while its copies are under way."""
     result = Round()
     begun = pair.begin(seconds=2.0)
     pair.source.send(order, argument)
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed=allowed)
+    if pair.writes:  # it tells of its offers after that
+        pair.source.answer()
+    result.take(pair.report(), allowed=allowed)
     _reuse(pair, result)
-    pair.source.answer()
+    if not pair.writes:
+        pair.source.answer()
     _settle(pair, result)
     pair.refresh()
     return result
@@ -247,7 +144,7 @@ def source_frees(pair: Pair) -> Round:
 
 def byte_flipped(pair: Pair) -> Round:
     result = _while_landing(pair, allowed={"done", "stale"}, order="flip", argument=True)
-    pair.source.call("flip", False)  # noqa: FBT003 - an order's argument
+    pair.source.call("flip", False)
     return _after(pair, result)
 
 
@@ -259,7 +156,7 @@ def bit_flipped_on_the_wire(pair: Pair) -> Round:
         pair.source.info = replace(direct, backend_metadata=msgspec.msgpack.encode(proxy.address))
         pair.meet()
         begun = pair.begin(seconds=5.0)
-        report: Report = pair.sink.call("wait")
+        report: Report = pair.report()
         result.mid = begun.landing and proxy.flipped.is_set()
         result.take(report, allowed={"done", "stale"})
         if report.statuses.count("stale") != 1:
@@ -273,9 +170,9 @@ def bit_flipped_on_the_wire(pair: Pair) -> Round:
 
 def deadline_passes(pair: Pair) -> Round:
     result = Round()
-    begun = pair.begin(seconds=0.008)
+    begun = pair.begin(seconds=0.03 if pair.writes else 0.008)
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed={"done", "timed_out"})
+    result.take(pair.report(), allowed={"done", "timed_out"})
     _reuse(pair, result)
     _settle(pair, result)
     return _after(pair, result)
@@ -286,7 +183,7 @@ def cancelled(pair: Pair) -> Round:
     begun = pair.begin(seconds=2.0)
     pair.sink.call("cancel")
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed={"done", "cancelled"})
+    result.take(pair.report(), allowed={"done", "cancelled"})
     _reuse(pair, result)
     _settle(pair, result)
     return _after(pair, result)
@@ -300,7 +197,10 @@ def _slowly(pair: Pair, *, cut: bool, seconds: float) -> Round:
     if cut:
         lab.cut()
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed={"timed_out", "failed"})
+    report = pair.report()
+    result.take(report, allowed={"done", "timed_out", "failed"})
+    if set(report.statuses) == {"done"}:
+        result.wrong.append("everything arrived over a link that could not carry it in time")
     _reuse(pair, result)
     return result
 
@@ -331,7 +231,7 @@ def link_cut_within_deadline(pair: Pair) -> Round:
     begun = pair.begin(seconds=SETTLE_S)
     lab.cut()
     result.mid = begun.landing and begun.open
-    result.take(pair.sink.call("wait"), allowed={"failed"})
+    result.take(pair.report(), allowed={"done", "failed"})
     _reuse(pair, result)
     _settle(pair, result)
     lab.restore()
@@ -368,6 +268,12 @@ class Event:
     kills: str = ""
     must: dict[str, set[str]] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()  # empty: every backend
+    reads_only: bool = False
+    reads_must: bool = False  # of writes nothing is demanded: only the source knew, or it depends
+
+    def fits(self, kind: str, *, writes: bool) -> bool:
+        """Whether the event makes sense there."""
+        return (not self.kinds or kind in self.kinds) and not (writes and self.reads_only)
 
 
 _EMULATED: Final = ("nixl-tcp", "tcp")  # reads that need the source's processor
@@ -375,11 +281,15 @@ _STALE: Final = {"nixl": {"stale"}, "nixl-tcp": {"stale"}, "tcp": {"stale"}}
 
 EVENTS: Final[dict[str, Event]] = {
     "source killed": Event(
-        do=source_killed, kills="source", must={kind: {"failed"} for kind in _EMULATED}
+        do=source_killed,
+        kills="source",
+        reads_must=True,
+        must={kind: {"failed"} for kind in _EMULATED},
     ),
     "destination killed": Event(do=destination_killed, kills="sink"),
     "source stopped": Event(
         do=source_stopped,
+        reads_must=True,
         must={kind: {"timed_out"} for kind in _EMULATED} | {"shm": {"done"}, "nixl": {"done"}},
     ),
     "destination stopped": Event(do=destination_stopped),
@@ -387,10 +297,14 @@ EVENTS: Final[dict[str, Event]] = {
     "source frees": Event(do=source_frees, must=_STALE),
     "byte flipped": Event(do=byte_flipped, must=_STALE),
     "bit flipped on the wire": Event(
-        do=bit_flipped_on_the_wire, must={"tcp": {"stale"}}, kinds=("tcp",)
+        do=bit_flipped_on_the_wire, must={"tcp": {"stale"}}, kinds=("tcp",), reads_only=True
     ),
-    "deadline passes": Event(do=deadline_passes, must={kind: {"timed_out"} for kind in _EMULATED}),
-    "cancelled": Event(do=cancelled, must={kind: {"cancelled"} for kind in _EMULATED}),
+    "deadline passes": Event(
+        do=deadline_passes, reads_must=True, must={kind: {"timed_out"} for kind in _EMULATED}
+    ),
+    "cancelled": Event(
+        do=cancelled, reads_only=True, must={kind: {"cancelled"} for kind in _EMULATED}
+    ),
 }
 
 CABLE_EVENTS: Final[dict[str, Event]] = {

@@ -32,8 +32,6 @@ from hotset.transport.slab import Slab, SlotState
 from tests.transport.stores import Shape, backend_for
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     from hotset.transport.base import PeerInfo
     from hotset.transport.slab import Slot
     from hotset.transport.ticket import Ticket
@@ -227,6 +225,7 @@ class Member:
     """The lanes of one process and what its parent may order."""
 
     def __init__(self, station: Station) -> None:
+        os.environ.update(station.environment)
         self.station = station
         self.folder = Path(station.folder)
         counts = mapped(
@@ -306,23 +305,3 @@ class Member:
 
     def close(self) -> list[str]:
         return [f"{lane.kind} did not close" for lane in self.lanes if not lane.engine.close()]
-
-
-def serve(pipe: Connection, station: Station) -> None:
-    """The process: obey until `close`."""
-    os.environ.update(station.environment)
-    try:
-        member = Member(station)
-        pipe.send(("", member.describe()))
-    except Exception:  # noqa: BLE001 - told to the parent
-        pipe.send((traceback.format_exc(), None))
-        return
-    while True:
-        order, arguments = pipe.recv()
-        try:
-            answer = ("", getattr(member, order)(*arguments))
-        except Exception:  # noqa: BLE001 - told to the parent
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
-        if order == "close":
-            return

@@ -21,17 +21,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from tests.transport.leaks import Footprint, footprint
-from tests.transport.member import COUNTS, STATUSES, Station, mapped, serve
-from tests.transport.stores import QUIET, TCP, context, missing
+from tests.transport.leaks import Footprint, footprint, leaked
+from tests.transport.member import COUNTS, STATUSES, Member, Station, mapped
+from tests.transport.processes import Child
+from tests.transport.stores import QUIET, TCP, missing
 
 if TYPE_CHECKING:
     from hotset.transport.base import PeerInfo
 
 MEMBERS: Final = 4
-ANSWER_S: Final = 60.0
 LATE_US: Final = 3_000_000  # a member may be stopped for .5 s and share its processor with six
 STOP_S: Final = (0.02, 0.5)
 
@@ -53,45 +53,15 @@ class Result:
         return sum(row[name] for row in self.counts.values())
 
 
-class _Seat:
+class _Seat(Child):
     """A member's process, whichever incarnation sits in it now."""
 
     def __init__(self, station: Station) -> None:
+        super().__init__(Member, station, name=station.name)
         self.station = station
-        made = context()
-        self._pipe, theirs = made.Pipe()
-        self.process = made.Process(target=serve, args=(theirs, station), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.infos: list[PeerInfo] = self.answer()
+        self.since = time.monotonic()
         self.first: Footprint | None = None
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    def answer(self) -> Any:
-        if not self._pipe.poll(ANSWER_S):
-            raise TimeoutError(f"{self.station.name} does not answer")
-        error, value = self._pipe.recv()
-        if error:
-            raise RuntimeError(f"{self.station.name}: {error}")
-        return value
-
-    def call(self, order: str, *arguments: Any) -> Any:
-        self._pipe.send((order, arguments))
-        return self.answer()
-
-    def kill(self) -> int | None:
-        os.kill(self.pid, signal.SIGKILL)
-        return self.end()
-
-    def end(self) -> int | None:
-        self.process.join(ANSWER_S)
-        code: int | None = self.process.exitcode
-        self._pipe.close()
-        return code
+        self.infos: list[PeerInfo] = self.ready()
 
 
 class Soak:
@@ -104,6 +74,7 @@ class Soak:
         self._rng = random.Random(seed)
         self._seed = seed
         self._incarnation = 0
+        self._warm_s = 0.0
         self.seats = [self._seat(index) for index in range(MEMBERS)]
         for seat in self.seats:
             self._introduce(seat)
@@ -132,11 +103,11 @@ class Soak:
     def run(self, seconds: float) -> Result:
         """Let them read; stop one every second or two, kill one every ten."""
         begin = time.monotonic()
-        warm, next_kill = begin + min(20.0, seconds / 4), begin + min(10.0, seconds / 3)
+        next_kill = begin + min(10.0, seconds / 3)
+        self._warm_s = min(30.0, seconds / 3)
         clock = threading.Event()
         while (now := time.monotonic()) < begin + seconds:
-            if now >= warm:
-                self._note_first()
+            self._note_first()
             if now >= next_kill:
                 next_kill = now + 10
                 self._kill_one()
@@ -148,7 +119,8 @@ class Soak:
 
     def _note_first(self) -> None:
         for seat in self.seats:
-            seat.first = seat.first or footprint(seat.pid)
+            if time.monotonic() > seat.since + self._warm_s:
+                seat.first = seat.first or footprint(seat.pid)
 
     def _stop_one(self, clock: threading.Event) -> None:
         seat = self._rng.choice(self.seats)
@@ -159,7 +131,8 @@ class Soak:
 
     def _kill_one(self) -> None:
         index = self._rng.randrange(1, MEMBERS)  # the first one lives through all of it
-        code = self.seats[index].kill()
+        self.seats[index].kill()
+        code = self.seats[index].exit_code()
         if code != -signal.SIGKILL:
             self.result.wrong.append(f"member-{index} had ended with {code}")
         self.result.kills += 1
@@ -172,12 +145,16 @@ class Soak:
         result.seconds = seconds
         for seat in self.seats:
             if seat.first is not None:
-                result.growth[seat.station.name] = str(footprint(seat.pid).since(seat.first))
+                growth = footprint(seat.pid).since(seat.first)
+                result.growth[seat.station.name] = str(growth)
+                leak = leaked(growth, rounds=result.kills)
+                if leak:
+                    result.wrong.append(f"{seat.station.name} leaks {leak}")
         for seat in self.seats:
             result.wrong += [f"{seat.station.name}: {text}" for text in seat.call("rest")]
         for seat in self.seats:
             result.wrong += [f"{seat.station.name}: {text}" for text in seat.call("close")]
-            code = seat.end()
+            code = seat.exit_code()
             if code != 0:
                 result.wrong.append(f"{seat.station.name} ended with {code}")
         self._sum_up()
@@ -204,8 +181,7 @@ class Soak:
     def discard(self) -> None:
         """End every process whatever its state."""
         for seat in self.seats:
-            if seat.process.is_alive():
-                seat.kill()
+            seat.discard()
 
 
 def soak(seconds: float, *, seed: int = 1) -> Result:

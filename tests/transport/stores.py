@@ -1,8 +1,7 @@
-"""A store in a process of its own that does what it is ordered and says precisely what it saw.
+"""A store that does what it is ordered and says precisely what it saw: one end of a transfer.
 
-Both ends of a transfer run in such processes, so either may be killed or stopped, and the one that
-survives can be watched from outside. Processes are forked from a server that has numpy and hotset
-loaded but neither NIXL nor UCX: 15 ms instead of 300.
+It lives in a process of its own (`processes.py`), so either end may be killed or stopped, and the
+one that survives can be watched from outside.
 
 **Canaries.** Every slot that is free is filled with a pattern and published; whatever lands in it
 later is seen. Destinations are painted too, so the first byte that lands and the last one that
@@ -11,16 +10,12 @@ has not are known: that is what "in the middle of a transfer" means here.
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import importlib.util
-import multiprocessing as mp
 import os
-import signal
 import time
-import traceback
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -37,13 +32,11 @@ from tests.transport.peer import FORMAT, Source, fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
     from hotset.transport.base import Backend, Expect, FileRange
     from hotset.transport.slab import Slot
     from hotset.transport.ticket import Ticket
 
-ANSWER_S: Final = 30.0
 SLACK_NS: Final = 1_000_000_000  # a result comes within its deadline and this
 DEST: Final = 0xDE57DE57DE57DE57
 CANARY: Final = 0xCA11A4BE00000000
@@ -122,6 +115,9 @@ class Hands:
     """What a store's process does: one method for each order."""
 
     def __init__(self, shape: Shape) -> None:
+        os.environ.update(QUIET | KINDS[shape.kind][1] | shape.environment)
+        if shape.netns:
+            enter(shape.netns)  # before any thread or socket
         backend = backend_for(shape)
         self.shape = shape
         self.slab = Slab(
@@ -170,8 +166,8 @@ class Hands:
         taken = [self.slab.allocate(self.shape.nbytes) for _ in range(self.slab.super_slots)]
         free = {slot.offset: slot for slot in taken if slot is not None}
         self.slots = [free.pop(slot.offset) for slot in old]
-        for slot in free.values():
-            self.slab.fail(slot)
+        for spare in free.values():
+            self.slab.fail(spare)
         for index, slot in reversed(list(enumerate(self.slots))):
             fill(self.slab, slot, seed=seed + index)
 
@@ -228,12 +224,12 @@ class Hands:
         for unit in list(self.canaries)[:count]:
             slot, _ = self.canaries.pop(unit)
             self.slab.retire(slot)
-        slots = [self.slab.allocate(self.shape.nbytes) for _ in range(count)]
-        assert all(slots), "no room for destinations"
-        whole = [slot for slot in slots if slot is not None]
-        for slot in whole:
+        taken = [self.slab.allocate(self.shape.nbytes) for _ in range(count)]
+        slots = [slot for slot in taken if slot is not None]
+        assert len(slots) == count, f"no room for {count} destinations: {self.holds()}"
+        for slot in slots:
             self._words(slot)[:] = DEST
-        return whole
+        return slots
 
     def _expect(self, slots: list[Slot], seeds: list[int], seconds: float) -> None:
         self.wanted = list(zip(slots, seeds, strict=True))
@@ -244,13 +240,18 @@ class Hands:
         ticket, ended = self.ticket, self.ended
         assert ticket is not None
         ticket.add_callback(lambda _: ended.append(time.monotonic_ns()))
-        slots = [slot for slot, _ in self.wanted]
+        return self._strike([slot for slot, _ in self.wanted], strike, over=lambda: ticket.done)
+
+    def _strike(
+        self, slots: list[Slot], strike: Strike | None, *, over: Callable[[], bool]
+    ) -> Begun:
+        """Wait until bytes land in painted slots, or it is over; then strike."""
         first = [self._words(slot)[:1] for slot in slots]
         last = [self._words(slot)[-1:] for slot in slots]
-        while not ticket.done and all(int(word[0]) == DEST for word in first):
+        while not over() and all(int(word[0]) == DEST for word in first):
             os.sched_yield()
         landing = any(int(word[0]) != DEST for word in first)
-        is_open = not ticket.done and any(int(word[0]) == DEST for word in last)
+        is_open = not over() and any(int(word[0]) == DEST for word in last)
         if strike is not None:
             os.kill(strike.pid or os.getpid(), strike.number)
         return Begun(landing, is_open)
@@ -292,11 +293,18 @@ class Hands:
         over = self._await(
             lambda: (
                 self.engine.quarantined == 0
+                and self.engine.in_flight == 0
                 and all(self.slab.state(slot) is SlotState.FREE for slot, _ in self.wanted)
             ),
             seconds=seconds,
         )
         return time.monotonic() - begin if over else -1.0
+
+    def holds(self) -> str:
+        """What the slab and the engine hold, in a line."""
+        states = Counter(state.name for state in self.slab._state[::2])
+        engine = self.engine
+        return f"{dict(states)}, {engine.in_flight} in flight, {engine.quarantined} quarantined"
 
     # --- canaries ---------------------------------------------------------------------------------
 
@@ -332,8 +340,9 @@ class Hands:
             wrong.append(str(error))
         return wrong
 
-    def close(self) -> bool:
-        return self.engine.close()
+    def close(self) -> str:
+        """'' or what prevents a clean end."""
+        return "" if self.engine.close() else f"{self.engine.quarantined} transfers never ended"
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -360,115 +369,3 @@ class Hands:
                 return False
             tick.wait(0.001)
         return True
-
-
-def _serve(pipe: Connection, shape: Shape) -> None:
-    faulthandler.register(signal.SIGUSR1)  # a store that hangs can be asked where
-    os.environ.update(QUIET | KINDS[shape.kind][1] | shape.environment)
-    if shape.netns:
-        enter(shape.netns)
-    try:
-        hands = Hands(shape)
-        pipe.send(("", hands.describe()))
-    except Exception:  # noqa: BLE001 - told to the parent
-        pipe.send((traceback.format_exc(), None))
-        return
-    while True:
-        order, arguments = pipe.recv()
-        try:
-            answer = ("", getattr(hands, order)(*arguments))
-        except Exception:  # noqa: BLE001 - told to the parent
-            answer = (traceback.format_exc(), None)
-        pipe.send(answer)
-        if order == "close":
-            return
-
-
-def context() -> Any:
-    """The fork server's context. It is started from the root of the repository."""
-    made = mp.get_context("forkserver")
-    made.set_forkserver_preload(["tests.transport.stores"])
-    return made
-
-
-class StoreProcess:
-    """The parent's end of a store's process. Every answer has a deadline."""
-
-    def __init__(self, shape: Shape) -> None:
-        """Start it; `ready` waits until it is up."""
-        self.shape = shape
-        made = context()
-        self._pipe, theirs = made.Pipe()
-        self.process = made.Process(target=_serve, args=(theirs, shape), daemon=True)
-        self.process.start()
-        theirs.close()
-        self._up = False
-        self.info: PeerInfo
-        self.copies: list[Source]
-
-    def ready(self) -> StoreProcess:
-        if not self._up:
-            self.info, self.copies = self.answer()
-            self._up = True
-        return self
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    def send(self, order: str, *arguments: Any) -> None:
-        self._pipe.send((order, arguments))
-
-    def answer(self, seconds: float = ANSWER_S) -> Any:
-        if not self._pipe.poll(seconds):
-            raise TimeoutError(f"store {self.shape.name!r} does not answer")
-        error, value = self._pipe.recv()
-        if error:
-            raise RuntimeError(f"store {self.shape.name!r}: {error}")
-        return value
-
-    def call(self, order: str, *arguments: Any) -> Any:
-        self.send(order, *arguments)
-        return self.answer()
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-    def stopped(self, seconds: float = 10.0) -> bool:
-        """Wait until every thread has stopped; a running one stops when it leaves the kernel."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            tasks = list(Path(f"/proc/{self.pid}/task").glob("*/stat"))
-            states = {t.read_text(encoding="utf-8").rpartition(")")[2].split()[0] for t in tasks}
-            if states == {"T"}:
-                return True
-            os.sched_yield()
-        return False
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
-    def exit_code(self, seconds: float = 15.0) -> int | None:
-        """Wait for its end; None when it still runs. A pipe is closed with it."""
-        self.process.join(seconds)
-        code: int | None = self.process.exitcode
-        if code is not None:
-            self._pipe.close()
-        return code
-
-    def end(self) -> str:
-        """Close it in good order; '' or what went wrong."""
-        if not self.process.is_alive():
-            return f"store {self.shape.name!r} had died with {self.exit_code()}"
-        clean = self.call("close")
-        code = self.exit_code()
-        if clean and code == 0:
-            return ""
-        return f"store {self.shape.name!r} ended with {code}, closed: {clean}"
-
-    def discard(self) -> None:
-        """End it whatever its state; for cleaning up."""
-        if self.process.is_alive():
-            self.kill()
-        self.exit_code()
