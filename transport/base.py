@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hotset.errors import PeerGoneError, TransportError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hotset.transport.slab import Slab, Slot
 
@@ -261,6 +261,10 @@ class Backend(ABC):
     """
 
     name: str
+    notifies: bool = False
+    """Whether it calls `notify` when a read has ended; such a backend is polled seldom."""
+    notify: Callable[[], None]
+    """Wakes the owner, from any thread. Set by the engine before `register`."""
     error_grace_ns: int = 0
     """How long after an ERROR the slots of a post are kept from reuse."""
 

@@ -155,7 +155,7 @@ class Engine:
         broken = self._closed != "closing" or not self._owner.is_alive()
         clean = not broken and self._call(self._wind_down, timeout_ns=timeout_ns)
         self._stop = True
-        self._inbox.put(int)  # wakes the owner; calling int does nothing
+        self._inbox.put(int)  # wakes the owner
         self._to_verify.put(None)
         if not clean:
             _still_in_flight.append((self._slab, self._backend, self._storage, self._mover))
@@ -318,6 +318,7 @@ class Engine:
                 link=self._link,
                 pace=pace,
             )
+        self._backend.notify = partial(self._inbox.put, int)  # calling int does nothing
         self._backend.register(self._slab)
         info = self._backend.info(name=self.name, incarnation=self.incarnation)
         return replace(info, link=self._link, pace=pace)

@@ -76,6 +76,8 @@ class Flights:
         """How long until the next poll; None when there is nothing to poll."""
         if not self._polled:
             return None
+        if self._backend is not None and self._backend.notifies:
+            return POLL_MAX_NS
         since = now_ns - self.last_progress_ns
         return 0 if since < SPIN_NS else min(POLL_MAX_NS, max(POLL_MIN_NS, since // 4))
 

@@ -58,6 +58,7 @@ class TcpBackend(Backend):
     """One store's listener and its connections to peers. Called by one thread only."""
 
     name = "tcp"
+    notifies = True
 
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0, token: bytes = b"") -> None:
         """`host` is the address to listen on and to tell peers. Raises ConfigError.
@@ -74,6 +75,7 @@ class TcpBackend(Backend):
         self._leaving: list[Link] = []
         self._posts: dict[int, tuple[Link, Post]] = {}
         self._numbers = itertools.count(1)
+        self.notify = _nobody
 
     @staticmethod
     def available() -> str:
@@ -139,6 +141,7 @@ class TcpBackend(Backend):
             address=(place.host, place.port),
             token=self._token,
             memory=slab.memory,
+            notify=self.notify,
         )
         refusal = link.settle(timeout_s=SETTLE_S)
         if refusal is not None:
@@ -205,6 +208,10 @@ class TcpBackend(Backend):
         if self._slab is None:
             raise TransportError("no slab is registered", remedy="register it first")
         return self._slab
+
+
+def _nobody() -> None:
+    """A backend without an engine has nobody to wake."""
 
 
 def _decode(peer: PeerInfo) -> _Place:

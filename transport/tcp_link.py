@@ -39,6 +39,8 @@ from hotset.transport.tcp_serve import MOST_REASON_BYTES, OK, REPLY, pack_reques
 from hotset.transport.wire import RECEIVE_BYTES, dial, pieces, receive_exactly, receive_views
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hotset.transport.memory import Memory
 
 CONNECT_NS: Final = 5_000_000_000
@@ -72,13 +74,20 @@ class Link:
     """The connection to one incarnation of one peer. Thread-safe."""
 
     def __init__(
-        self, peer: Identity, *, address: tuple[str, int], token: bytes, memory: Memory
+        self,
+        peer: Identity,
+        *,
+        address: tuple[str, int],
+        token: bytes,
+        memory: Memory,
+        notify: Callable[[], None],
     ) -> None:
-        """Start to connect; `settle` tells how that went."""
+        """Start to connect; `settle` tells how that went. `notify` is called when a read ends."""
         self._peer = peer
         self._address = address
         self._token = token
         self._memory = memory
+        self._notify = notify
         self._lock = threading.Condition()
         self._unsent: deque[Post] = deque()
         self._sent: deque[Post] = deque()
@@ -311,6 +320,7 @@ class Link:
             if post.state is PostState.PENDING:
                 _end(post, state, error)
             self._wind_down()
+        self._notify()
 
     def _lost(self, sock: socket.socket, why: str) -> None:
         """Sort out what was in flight: ended, failed, or to be asked for again."""
@@ -331,6 +341,7 @@ class Link:
             self._sent.clear()
             self._unsent = deque(again)
             self._hung_up = False
+        self._notify()
 
     def _may_try_again(self, post: Post) -> bool:
         if self._hung_up:
@@ -344,6 +355,7 @@ class Link:
                 _end(post, PostState.ERROR, error)
         self._sent.clear()
         self._unsent.clear()
+        self._notify()
 
 
 def _end(post: Post, state: PostState, error: str) -> None:
