@@ -200,7 +200,8 @@ class Arrivals:
         job = track.job
         track.stage = Stage.ENDED
         job.results[track.index] = result
-        job.first_ns = min(job.first_ns or track.first_ns, track.first_ns or job.first_ns)
+        if track.first_ns and not 0 < job.first_ns <= track.first_ns:
+            job.first_ns = track.first_ns
         job.landed_ns = max(job.landed_ns, track.landed_ns)
         job.verified_ns = max(job.verified_ns, track.verified_ns)
         self._record(track, result)

@@ -46,6 +46,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from hotset.errors import PeerGoneError, TransportError
 
 if TYPE_CHECKING:
@@ -181,8 +183,7 @@ class Loss(NamedTuple):
     status: Status
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ItemResult:
+class ItemResult(msgspec.Struct, frozen=True, kw_only=True):
     """The end of one item. On DONE the slot is READY with a header of this store's own.
 
     `source` is the peer that was read last, `lost` are the sources given up before it.
@@ -197,8 +198,7 @@ class ItemResult:
     lost: tuple[Loss, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The end of a ticket. Times are monotonic-clock durations in ns; they add up to its life.
 
     Queue: until the first post. Wire: until the last bytes landed (or the emulated link let them).
@@ -244,8 +244,7 @@ class PostState(enum.Enum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class Span(msgspec.Struct, frozen=True, kw_only=True):
     """One contiguous copy of a post: offsets from the start of the two slabs."""
 
     local_offset: int

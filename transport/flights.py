@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 SPIN_NS: Final = 50_000
 POLL_MIN_NS: Final = 50_000
-POLL_MAX_NS: Final = 1_000_000
+POLL_MAX_NS: Final = 10_000_000
+NOTIFIED_NS: Final = 1_000_000
+POLL_PART: Final = 16  # a read that has been silent for t is asked about each t / 16
 
 
 class Owner(Protocol):
@@ -77,9 +79,9 @@ class Flights:
         if not self._polled:
             return None
         if self._backend is not None and self._backend.notifies:
-            return POLL_MAX_NS
+            return NOTIFIED_NS
         since = now_ns - self.last_progress_ns
-        return 0 if since < SPIN_NS else min(POLL_MAX_NS, max(POLL_MIN_NS, since // 4))
+        return 0 if since < SPIN_NS else min(POLL_MAX_NS, max(POLL_MIN_NS, since // POLL_PART))
 
     def poll(self) -> bool:
         """Ask the backend about every post; True when one has ended."""

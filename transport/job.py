@@ -162,6 +162,8 @@ class Track:
 
     def remote_offset(self, peer: str) -> int:
         """Where `peer` has the slot."""
+        if self.source is None and peer == self.job.peer and isinstance(self.item, ReadItem):
+            return self.item.remote_offset  # the hot path makes no object
         return self.replica(peer).remote_offset
 
     def replica(self, peer: str) -> Replica:
@@ -248,18 +250,20 @@ class Job:
 
     def outcome(self, *, now_ns: int) -> Outcome:
         """Sum up; every item must have a result. The worst item names the whole."""
-        items = tuple(result for result in self.results if result is not None)
-        statuses = {result.status for result in items}
-        status = next((worst for worst in _WORST_FIRST if worst in statuses), Status.DONE)
+        items = tuple([result for result in self.results if result is not None])
+        bad = [result.status for result in items if result.status is not Status.DONE]
+        status = min(bad, key=_WORST_FIRST.index) if bad else Status.DONE
         times = phases(self, submitted_ns=self.submitted_ns, now_ns=now_ns)
         return Outcome(
             status=status,
             items=items,
             peer=self.peer,
             nbytes=sum(
-                item.expect.nbytes
-                for item, result in zip(self.items, items, strict=True)
-                if result.status is Status.DONE
+                [
+                    item.expect.nbytes
+                    for item, result in zip(self.items, items, strict=True)
+                    if result.status is Status.DONE
+                ]
             ),
             started_ns=self.wall_ns,
             ended_ns=self.wall_ns + now_ns - self.submitted_ns,
@@ -283,8 +287,10 @@ class Phases(NamedTuple):
 def phases(what: Job | Track, *, submitted_ns: int, now_ns: int) -> Phases:
     """Divide the time from submission to now; what did not happen took no time."""
     posted = what.first_ns or now_ns
-    landed = min(max(what.landed_ns, posted), now_ns)
-    verified = min(max(what.verified_ns, landed), now_ns)
+    landed, verified = what.landed_ns, what.verified_ns
+    if not posted <= landed <= verified <= now_ns:
+        landed = min(max(landed, posted), now_ns)
+        verified = min(max(verified, landed), now_ns)
     return Phases(posted - submitted_ns, landed - posted, verified - landed, now_ns - verified)
 
 
@@ -293,9 +299,7 @@ def spans(tracks: Sequence[Track], peer: str) -> list[Span]:
     return [
         Span(
             local_offset=track.item.dest.offset,
-            remote_offset=track.remote_offset(peer)
-            if track.source is not None
-            else track.item.remote_offset,
+            remote_offset=track.remote_offset(peer),
             nbytes=HEADER_BYTES + track.item.expect.nbytes,
         )
         for track in tracks

@@ -41,33 +41,38 @@ Entry = tuple[int, int, int, int, int, "Track"]
 class Link:
     """What is queued for one source and what is under way from it."""
 
-    def __init__(
-        self, name: str, *, peer: PeerInfo | None = None, pacers: Sequence[Pacer] = ()
-    ) -> None:
-        """`peer` of None: not connected, or the files of storage."""
+    def __init__(self, name: str, *, pacers: Sequence[Pacer] = (), is_files: bool = False) -> None:
+        """A link to nobody yet, or to the files of storage."""
         self.name = name
-        self.peer = peer
+        self.peer: PeerInfo | None = None
         self.pacers = pacers
         self.rate = FIRST_RATE  # bytes a second, measured
-        self.profile_rate = 0  # what an emulated link gives at most; 0: no bound
-        self.is_files = False
+        self.window_bytes = 0
+        """How many bytes of a class, and of those more urgent, may be under way."""
+        self.is_files = is_files
+        self._profile_rate = 0
         self._queue: list[Entry] = []
         self._pushes = 0
         self._in_flight = [0] * len(Priority)
         self._last_end_ns = 0
         self.last_post = 0  # the mover's count of turns
+        self._set_window()
 
     @property
     def idle(self) -> bool:
         """Whether nothing is queued or under way."""
         return not self._queue and not any(self._in_flight)
 
-    @property
-    def window_bytes(self) -> int:
-        """How many bytes of a class, and of those more urgent, may be under way."""
-        rate = min(self.rate, self.profile_rate) if self.profile_rate else self.rate
+    def set_pace(self, pacers: Sequence[Pacer], *, profile_rate: int) -> None:
+        """Emulate: `profile_rate` is what the profile gives at most, 0 without a bound."""
+        self.pacers = pacers
+        self._profile_rate = profile_rate
+        self._set_window()
+
+    def _set_window(self) -> None:
+        rate = min(self.rate, self._profile_rate) if self._profile_rate else self.rate
         least = FILE_WINDOW_MIN_BYTES if self.is_files else WINDOW_MIN_BYTES
-        return min(WINDOW_MAX_BYTES, max(least, rate * WINDOW_NS // 1_000_000_000))
+        self.window_bytes = min(WINDOW_MAX_BYTES, max(least, rate * WINDOW_NS // 1_000_000_000))
 
     # --- the queue --------------------------------------------------------------------------------
 
@@ -95,6 +100,8 @@ class Link:
     def pop_group(self, first: Track) -> list[Track]:
         """Take small slots of the same ticket that may travel with `first`, which is taken."""
         group, nbytes = [first], first.slot_bytes
+        if len(first.job.items) == 1:
+            return group
         limit = self.window_bytes // 2
         if not self.is_files:
             limit = self.piece_bytes((len(first.job.items) - first.index) * first.slot_bytes)
@@ -110,7 +117,10 @@ class Link:
         """Whether a slot travels whole."""
         if isinstance(track.item, FileItem):
             return True
-        return track.pieces is None and track.slot_bytes <= self.piece_bytes(track.slot_bytes)
+        if track.pieces is not None:
+            return False
+        nbytes = track.slot_bytes
+        return nbytes <= WINDOW_MIN_BYTES // 2 or nbytes <= self.piece_bytes(nbytes)
 
     def piece_bytes(self, left: int) -> int:
         """Bytes of the next post when `left` are to go.
@@ -126,7 +136,7 @@ class Link:
     def has_room(self, priority: int) -> bool:
         """Whether one more post of that class may go out."""
         busy = sum(self._in_flight[: priority + 1])
-        return busy == 0 or busy < self.window_bytes // 2 + 1
+        return busy <= self.window_bytes // 2
 
     def wait_ns(self, now_ns: int, *, imminent: bool) -> int:
         """Ns until the emulated ends of the link let the next post go."""
@@ -136,24 +146,23 @@ class Link:
     def posted(self, post: Post, *, queued_ns: int) -> None:
         """Take the credits of a post and occupy the emulated link."""
         self._in_flight[post.priority] += post.nbytes
-        post.release_ns = max(
-            (
-                pacer.reserve(
-                    post.nbytes,
-                    now_ns=post.posted_ns,
-                    queued_ns=queued_ns,
-                    imminent=post.priority is Priority.IMMINENT,
-                )
-                for pacer in self.pacers
-            ),
-            default=0,
-        )
+        for pacer in self.pacers:
+            free_ns = pacer.reserve(
+                post.nbytes,
+                now_ns=post.posted_ns,
+                queued_ns=queued_ns,
+                imminent=post.priority is Priority.IMMINENT,
+            )
+            post.release_ns = max(post.release_ns, free_ns)
 
     def ended(self, post: Post, now_ns: int, *, verify_ns: int = 0) -> None:
         """Give the credits of a post back, and learn how fast the link is."""
         self._in_flight[post.priority] -= post.nbytes
-        busy_ns = now_ns - verify_ns - max(post.posted_ns, self._last_end_ns)
-        self._last_end_ns = now_ns
-        if post.nbytes >= RATE_MIN_BYTES and busy_ns > 0:
+        before_ns, self._last_end_ns = self._last_end_ns, now_ns
+        if post.nbytes < RATE_MIN_BYTES:
+            return
+        busy_ns = now_ns - verify_ns - max(post.posted_ns, before_ns)
+        if busy_ns > 0:
             seen = post.nbytes * 1_000_000_000 // busy_ns
             self.rate += (seen - self.rate) // 4
+            self._set_window()

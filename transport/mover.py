@@ -88,8 +88,8 @@ class Mover:
         self._link_free_ns = 0  # when an emulated link lets the next post go; 0: none waits
         if storage is not None:
             pacers = () if storage.pacer is None else (storage.pacer,)
-            link = self._links[STORAGE] = Link(STORAGE, pacers=(*pacers, *self._own_pacers))
-            link.is_files = True
+            pacers = (*pacers, *self._own_pacers)
+            self._links[STORAGE] = Link(STORAGE, pacers=pacers, is_files=True)
 
     @property
     def quarantine(self) -> dict[int, Post]:
@@ -109,12 +109,13 @@ class Mover:
         if link.peer == peer:
             return
         link.peer = peer
-        link.pacers, link.profile_rate = self._own_pacers, 0
-        if peer.link is not None and peer.link.emulated:
-            page = PacePage.open(peer.pace, peer.name)
-            pacer = Pacer(peer.link, time_scale=self._time_scale, page=page)
-            link.pacers = (pacer, *self._own_pacers)
-            link.profile_rate = int(peer.link.bandwidth_bytes_per_s / self._time_scale)
+        if peer.link is None or not peer.link.emulated:
+            link.set_pace(self._own_pacers, profile_rate=0)
+            return
+        page = PacePage.open(peer.pace, peer.name)
+        pacer = Pacer(peer.link, time_scale=self._time_scale, page=page)
+        rate = int(peer.link.bandwidth_bytes_per_s / self._time_scale)
+        link.set_pace((pacer, *self._own_pacers), profile_rate=rate)
 
     def disconnect(self, name: str) -> None:
         """Forget a peer; queued reads from it will fail, posted ones go on."""
@@ -205,20 +206,19 @@ class Mover:
         return self._rest(now)
 
     def _rest(self, now: int) -> int | None:
-        while self._deadlines and self._deadlines[0][2].ticket not in self.jobs:
-            heapq.heappop(self._deadlines)
-        waits = []
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][2].ticket not in self.jobs:
+            heapq.heappop(deadlines)
+        first = [deadlines[0][0]] if deadlines else []
         poll = self._flights.rest_ns(now)
         if poll is not None:
-            waits.append(poll)
-        if self._deadlines:
-            waits.append(max(0, self._deadlines[0][0] - now))
+            first.append(now + poll)
         if self._link_free_ns:
-            waits.append(max(0, self._link_free_ns - now))
+            first.append(self._link_free_ns)
         due = self._timers.next_ns()
         if due is not None:
-            waits.append(max(0, due - now))
-        return min(waits) if waits else None
+            first.append(due)
+        return max(0, min(first) - now) if first else None
 
     # --- posting ----------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class Mover:
             self._lose(track, link.name, Status.FAILED, error)
             self._forget_if_idle(link)
         elif link.is_small(track):
-            group = [t for t in link.pop_group(track) if self._check_range(t, link)]
+            group = [t for t in link.pop_group(track) if t is track or self._check_range(t, link)]
             nbytes = sum(t.item.expect.nbytes for t in group)
             self._send(
                 Post(link=link, tracks=group, nbytes=nbytes, priority=track.job.priority),
