@@ -87,7 +87,7 @@ class Offering(Hands):
     def room(self, count: int) -> None:
         """Let `count` slots be free and painted."""
         self.wanted, self.ticket = [], None
-        self.landed = []
+        self.took(0.0)  # of an earlier offer, landed after its source had given up
         slots = self._destinations(count)
         for slot in slots:
             self.slab.fail(slot)
