@@ -178,10 +178,10 @@ class Hands:
             self.slab.memory.write(slot.payload_offset, bytes(slot.nbytes))
         count, self.slots = len(self.slots), []
         for index in range(count):
-            slot = self.slab.allocate(self.shape.nbytes)
-            assert slot is not None
-            fill(self.slab, slot, seed=seed + index)
-            self.slots.append(slot)
+            again = self.slab.allocate(self.shape.nbytes)
+            assert again is not None
+            fill(self.slab, again, seed=seed + index)
+            self.slots.append(again)
 
     def flip(self, on: bool) -> None:  # noqa: FBT001 - an order from the pipe
         """Change the last byte of every copy under its valid header; twice changes it back."""
