@@ -1,7 +1,9 @@
 """What happens to bytes that have landed: verified, held back, published; how an item ends.
 
-Single-threaded: every method is called by the engine's owner, but for `Check.run`, which the
-verifier thread calls. It must not know backends, links' queues or how anyone waits.
+Every method is called by the engine's owner, but for `verify`, which the verifier thread calls: it
+hashes and publishes whole slots while the owner moves the next. When the owner gives such a slot up
+meanwhile, the slab's lock decides who was first. This module must not know backends, links' queues
+or how anyone waits.
 
 Invariants: an item ends once, with one result and one row; a slot is READY only after its verdict
 is DONE; a slot that something may still write to is abandoned, every other is given back.
@@ -13,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
+from hotset.errors import InvalidTransition
 from hotset.transport.base import ItemResult, ReadItem, Status
 from hotset.transport.header import HEADER_BYTES
 from hotset.transport.job import Job, Pieces, Stage, Track, Verdict, phases
@@ -39,19 +42,16 @@ _CODES: Final = {
 
 @dataclass(slots=True, eq=False)
 class Check:
-    """Work for the verifier: whole slots, or what has arrived of one in pieces."""
+    """Work for the verifier: whole slots, or what has arrived of one in pieces.
+
+    Afterwards there is a verdict for each slot, and a result for each that was published.
+    """
 
     tracks: Sequence[Track]
     peer: str
     pieces: Pieces | None = None
     verdicts: list[Verdict] = field(default_factory=list)
-
-    def run(self, slab: Slab) -> None:
-        """Hash; the owner takes the result."""
-        if self.pieces is not None:
-            hash_arrived(slab, self.tracks[0], self.pieces)
-        else:
-            self.verdicts = [judge(slab, track, self.peer) for track in self.tracks]
+    results: list[ItemResult | None] = field(default_factory=list)
 
 
 class Owner(Protocol):
@@ -118,11 +118,28 @@ class Arrivals:
             hash_arrived(self._slab, track, pieces)
         self._finish_pieces(track, pieces, peer)
 
+    def verify(self, check: Check) -> None:
+        """On the verifier thread: hash, and publish what is good and not held back."""
+        if check.pieces is not None:
+            hash_arrived(self._slab, check.tracks[0], check.pieces)
+            return
+        for track in check.tracks:
+            verdict = judge(self._slab, track, check.peer)
+            track.verdict, track.verified_ns = verdict, time.monotonic_ns()
+            good = verdict.status is Status.DONE and track.release_ns <= track.verified_ns
+            check.verdicts.append(verdict)
+            check.results.append(self._try_publish(track) if good else None)
+
     def checked(self, check: Check) -> None:
         """Take the verifier's answer."""
         if check.pieces is None:
-            for track, verdict in zip(check.tracks, check.verdicts, strict=True):
-                if track.stage is Stage.VERIFYING:  # else given up, its slot is free already
+            ends = zip(check.tracks, check.verdicts, check.results, strict=True)
+            for track, verdict, result in ends:
+                if track.stage is not Stage.VERIFYING:
+                    continue  # given up, its slot is free already
+                if result is not None:
+                    self._close(track, result)
+                else:
                     self.judged(track, check.peer, verdict)
             return
         track, pieces = check.tracks[0], check.pieces
@@ -149,15 +166,22 @@ class Arrivals:
             track.stage = Stage.HELD
             self._timers.add(track.release_ns, lambda: self._release(track))
         else:
-            self._publish(track)
+            self._close(track, self._make_ready(track))
 
     def _release(self, track: Track) -> None:
         if track.stage is Stage.HELD:
-            self._publish(track)
+            self._close(track, self._make_ready(track))
 
     # --- ends -------------------------------------------------------------------------------------
 
-    def _publish(self, track: Track) -> None:
+    def _try_publish(self, track: Track) -> ItemResult | None:
+        """Publish from the verifier thread; None when the owner has given the slot up."""
+        try:
+            return self._make_ready(track)
+        except InvalidTransition:
+            return None
+
+    def _make_ready(self, track: Track) -> ItemResult:
         item, verdict = track.item, track.verdict
         assert verdict is not None  # noqa: S101 - judged
         generation = self._slab.publish(
@@ -177,14 +201,16 @@ class Arrivals:
             source=track.peer,
             lost=track.lost,
         )
-        self._close(track, result)
+        self._record(track, result)
+        return result
 
     def end(self, track: Track, status: Status, error: str) -> None:
-        """End a track without its bytes."""
+        """End a track without its bytes, unless the verifier has just published it."""
         if track.posts:
             self._slab.abandon(track.item.dest)
-        else:
-            self._slab.fail(track.item.dest)
+        elif not self._slab.try_fail(track.item.dest):
+            assert track.stage is Stage.VERIFYING, "gave up a slot that is not ours"  # noqa: S101 - our own bug
+            return  # `checked` brings its result
         result = ItemResult(
             status=status,
             dest=track.item.dest,
@@ -192,6 +218,7 @@ class Arrivals:
             source=track.peer,
             lost=track.lost,
         )
+        self._record(track, result)
         self._close(track, result)
         if track.posts:
             self._owner.track_abandoned(track)
@@ -204,7 +231,6 @@ class Arrivals:
             job.first_ns = track.first_ns
         job.landed_ns = max(job.landed_ns, track.landed_ns)
         job.verified_ns = max(job.verified_ns, track.verified_ns)
-        self._record(track, result)
         job.open_tracks -= 1
         if job.open_tracks == 0:
             self._owner.job_ended(job)

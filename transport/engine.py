@@ -102,7 +102,7 @@ class Engine:
             pacer=pacer,
             time_scale=time_scale,
             describe=describe,
-            verify=self._to_verify.put,
+            verifier=self._to_verify,
             files_ended=lambda post: self._inbox.put(partial(self._mover.files_ended, post)),
         )
         self._owner = threading.Thread(target=self._run, name=f"hotset-{name}", daemon=True)
@@ -401,5 +401,5 @@ class Engine:
 
     def _run_verifier(self) -> None:
         while (check := self._to_verify.get()) is not None:
-            check.run(self._slab)
+            self._mover.verify(check)
             self._inbox.put(partial(self._mover.checked, check))

@@ -221,6 +221,12 @@ class Post:
     posted_ns: int = 0
     release_ns: int = 0
 
+    def mark_landed(self, tracks: Sequence[Track], now_ns: int) -> None:
+        """Note when bytes came, and when an emulated link lets go of them."""
+        for track in tracks:
+            track.landed_ns = now_ns
+            track.release_ns = max(track.release_ns, self.release_ns)
+
     @property
     def abandoned(self) -> bool:
         """Whether nobody waits for it any more."""

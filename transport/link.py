@@ -74,6 +74,14 @@ class Link:
         least = FILE_WINDOW_MIN_BYTES if self.is_files else WINDOW_MIN_BYTES
         self.window_bytes = min(WINDOW_MAX_BYTES, max(least, rate * WINDOW_NS // 1_000_000_000))
 
+    def unreadable(self, track: Track) -> str:
+        """Why a slot cannot be read from here; '' when it can."""
+        if self.peer is None:
+            return f"store {self.name!r} is not connected"
+        if not 0 <= track.remote_offset(self.name) <= self.peer.nbytes - track.slot_bytes:
+            return f"the slot is outside of store {self.name!r}'s slab"
+        return ""
+
     # --- the queue --------------------------------------------------------------------------------
 
     def push(self, track: Track) -> None:

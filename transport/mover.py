@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import TransportError
-from hotset.transport.arrivals import Arrivals, Check
+from hotset.transport.arrivals import INLINE_BYTES, Arrivals, Check
 from hotset.transport.base import FileItem, ItemResult, Loss, ReadItem, Span, Status
 from hotset.transport.flights import Flights
 from hotset.transport.fused import Fused
@@ -34,6 +34,7 @@ from hotset.transport.timers import Timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from queue import SimpleQueue
 
     from hotset.transport.base import Backend, PeerInfo
     from hotset.transport.records import Ring
@@ -59,10 +60,10 @@ class Mover:
         pacer: Pacer | None,
         time_scale: float,
         describe: Callable[[bytes], tuple[int, int]] | None,
-        verify: Callable[[Check], None],
+        verifier: SimpleQueue[Check | None],
         files_ended: Callable[[Post], None],
     ) -> None:
-        """`verify` hands a check to the verifier, `files_ended` a notice to the owner."""
+        """`verifier` is the queue of the verifier thread, `files_ended` tells the owner."""
         self._slab = slab
         self._backend = backend
         self._storage = storage
@@ -76,8 +77,9 @@ class Mover:
             timers=self._timers,
             owner=self,
             describe=describe,
-            verify=verify,
+            verify=verifier.put,
         )
+        self._verifier = verifier
         self._fused = None if backend is None else Fused(backend, slab)
         self._links: dict[str, Link] = {}
         self._looks = Looks(slab)
@@ -158,6 +160,10 @@ class Mover:
         if job is not None:
             self._give_up(job, Status.CANCELLED, "the caller gave up")
 
+    def verify(self, check: Check) -> None:
+        """On the verifier thread: hash, publish what is good."""
+        self._arrivals.verify(check)
+
     def checked(self, check: Check) -> None:
         """Take the verifier's answer."""
         self._arrivals.checked(check)
@@ -171,8 +177,7 @@ class Mover:
         self._flights.settle(post)
         for track, verdict in zip(post.tracks, verdicts, strict=True):
             if track.stage is Stage.WAITING:
-                track.landed_ns = now
-                track.release_ns = post.release_ns
+                post.mark_landed([track], now)
                 self._arrivals.judged(track, STORAGE, verdict)
 
     def give_up_all(self) -> None:
@@ -269,7 +274,7 @@ class Mover:
             self._post_files(link, link.pop_group(track))
         elif isinstance(track.item, FileItem):
             self._arrivals.end(track, Status.FAILED, "this engine has no storage reader")
-        elif error := self._unreadable(track, link):
+        elif error := link.unreadable(track):
             self._lose(track, link.name, Status.FAILED, error)
             self._forget_if_idle(link)
         elif link.is_small(track):
@@ -282,17 +287,9 @@ class Mover:
         else:
             self._post_piece(link, track)
 
-    def _unreadable(self, track: Track, link: Link) -> str:
-        if link.peer is None or self._backend is None:
-            return f"store {link.name!r} is not connected"
-        most = link.peer.nbytes - track.slot_bytes
-        if not 0 <= track.remote_offset(link.name) <= most:
-            return f"the slot is outside of store {link.name!r}'s slab"
-        return ""
-
     def _check_range(self, track: Track, link: Link) -> bool:
         """Whether it lies in the peer's slab; a bad one fails alone."""
-        error = self._unreadable(track, link)
+        error = link.unreadable(track)
         if error:
             self._lose(track, link.name, Status.FAILED, error)
         return not error
@@ -343,7 +340,7 @@ class Mover:
         for track in post.tracks:
             track.first_ns = track.first_ns or post.posted_ns
         try:
-            if post.cell < 0 and self._backend.copies_in_call(link.name):
+            if self._backend.copies_in_call(link.name) and self._is_fused(post):
                 self._read_in_call(post)
                 return
             post.handle = self._backend.post(link.name, parts)
@@ -355,6 +352,13 @@ class Mover:
             return
         self._flights.add(post)
 
+    def _is_fused(self, post: Post) -> bool:
+        """Whether to hash what is copied in this call at once.
+
+        A verifier that keeps up hashes large posts in parallel, if it has a core to run on.
+        """
+        return post.cell < 0 and (post.nbytes <= INLINE_BYTES or not self._verifier.empty())
+
     def _read_in_call(self, post: Post) -> None:
         """Copy and verify now; nothing is in flight between, so nothing can be abandoned."""
         fused = self._fused
@@ -364,9 +368,7 @@ class Mover:
             fused.read_piece(post)
         landed = time.monotonic_ns() - fused.verify_ns  # copying and hashing took turns
         post.link.ended(post, time.monotonic_ns(), verify_ns=fused.verify_ns)
-        for track in post.tracks:
-            track.landed_ns = landed
-            track.release_ns = max(track.release_ns, post.release_ns)
+        post.mark_landed(post.tracks, landed)
         if post.end:
             self._arrivals.piece_landed(post.tracks[0], post.link.name, alone=True)
             return
@@ -395,9 +397,7 @@ class Mover:
     def post_landed(self, post: Post, alive: list[Track], now_ns: int) -> None:
         """The bytes of a post are here."""
         peer = post.link.name
-        for track in alive:
-            track.landed_ns = now_ns
-            track.release_ns = max(track.release_ns, post.release_ns)
+        post.mark_landed(alive, now_ns)
         if post.cell >= 0:
             for track in alive:
                 self._looked(post, track)

@@ -268,6 +268,16 @@ class Slab:
         """Give back a slot that nothing writes to any more: FILLING -> FREE."""
         self._give_back(slot, SlotState.FILLING, "fail")
 
+    def try_fail(self, slot: Slot) -> bool:
+        """Give back a slot as `fail` does; False when it is not FILLING any more."""
+        with self._lock:
+            unit = slot.unit
+            if self._serial[unit] != slot.serial or self._state[unit] is not SlotState.FILLING:
+                return False
+            self.memory.write(slot.offset, VOID)
+            self._release(unit)
+            return True
+
     def abandon(self, slot: Slot) -> None:
         """Give up a slot that a backend may still write to: FILLING -> QUARANTINED."""
         with self._lock:
