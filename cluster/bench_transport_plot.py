@@ -10,6 +10,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hotset.cluster.bench_transport_case import BOUNDS, KIB, MIB, Case
+from hotset.cluster.bench_transport_report import machine
 from hotset.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
@@ -67,8 +68,10 @@ def draw(results: Results, path: Path) -> None:
     _draw_sizes(left, results)
     batches = [case for case in results.cases if case.batch > 1] or list(results.cases)
     _draw_bars(right, results, max(batches, key=lambda case: case.total))
+    figure.supxlabel(machine()[0], fontsize=8, color="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, dpi=150, metadata=metadata)
     plt.close(figure)
 
 

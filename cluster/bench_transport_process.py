@@ -16,6 +16,7 @@ import importlib
 import multiprocessing as mp
 import os
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,7 @@ def _main(
 ) -> None:
     """Run in the child: build the part, obey, close it whatever happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    threading.Thread(target=_follow_parent, daemon=True, name="bench-parent").start()
     os.environ.update(environment)
     part = None
     try:
@@ -51,6 +53,15 @@ def _main(
     finally:
         if part is not None:
             part.close()
+
+
+def _follow_parent() -> None:
+    """End with the parent, even from within a call that hangs."""
+    parent = mp.parent_process()
+    assert parent is not None  # noqa: S101 - this runs in a child
+    parent.join()
+    threading.Event().wait(END_S)  # the pipe tells the main thread as well; it closes its part
+    os._exit(1)
 
 
 def _one_line(error: Exception) -> str:
