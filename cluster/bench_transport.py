@@ -169,13 +169,13 @@ class Bench:
         passing = [group for group in self._groups.values() if not group.lasting]
         for done, case in enumerate(cases):
             self._say(f"bench transport: {case.label}")
-            begin = time.monotonic()
-            share = self._left_s() * _weight(case) / sum(_weight(one) for one in cases[done:])
             if case.nbytes != nbytes:  # stores are made for one size of block
                 nbytes = case.nbytes
                 _drop_all(passing)
                 batch = max(one.batch for one in cases if one.nbytes == nbytes)
                 self._start(passing, Case(nbytes=nbytes, batch=batch))
+            begin = time.monotonic()
+            share = self._left_s() * _weight(case) / sum(_weight(one) for one in cases[done:])
             self._measure(case, end=begin + share, last=begin + 1.3 * share)
 
     # --- time -------------------------------------------------------------------------------------
