@@ -21,11 +21,11 @@ from hotset.policies.types import BlockId, Format, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from queue import SimpleQueue
 
     from hotset.actors.fetcher import Fetcher
     from hotset.actors.store import Store
     from hotset.policies.residency import LayerPlan, ResidencyPolicy
+    from hotset.transport.inbox import Inbox
     from hotset.transport.slab import Slot
 
 
@@ -59,7 +59,7 @@ class _Flight:
     reason: Reason
     trace: tuple[int, int]
     parent: int
-    waiters: list[SimpleQueue[Delivery]] = field(default_factory=list)
+    waiters: list[Inbox[Delivery]] = field(default_factory=list)
 
 
 class HotCache:
@@ -92,7 +92,7 @@ class HotCache:
         *,
         step: int,
         request: int,
-        inbox: SimpleQueue[Delivery],
+        inbox: Inbox[Delivery],
     ) -> tuple[list[Held], LayerPlan]:
         """Pin what is here, join what is coming, and say what is missing or worth a prefetch.
 
@@ -110,7 +110,7 @@ class HotCache:
         layer: int,
         experts: Sequence[int],
         *,
-        inbox: SimpleQueue[Delivery],
+        inbox: Inbox[Delivery],
         trace: tuple[int, int],
         parent: int,
         reason: Reason = Reason.DEMAND,
@@ -164,7 +164,7 @@ class HotCache:
         """Tell the policy the least chance of use at which a prefetch pays."""
         self._policy.steer(least_chance)
 
-    def abandon(self, inbox: SimpleQueue[Delivery], held: Sequence[Held]) -> None:
+    def abandon(self, inbox: Inbox[Delivery], held: Sequence[Held]) -> None:
         """A layer failed: take back its holds, those delivered and those still to come."""
         with self._lock:
             for flight in self._flights.values():
@@ -336,7 +336,7 @@ class HotCache:
         return wants
 
 
-def _delivered(inbox: SimpleQueue[Delivery]) -> list[Held]:
+def _delivered(inbox: Inbox[Delivery]) -> list[Held]:
     found = []
     while not inbox.empty():
         one = inbox.get_nowait()

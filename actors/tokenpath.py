@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from hotset.actors.cache import Delivery, Held, Lost
@@ -26,6 +26,7 @@ from hotset.blocks.routing import Groups, combine, count_experts
 from hotset.errors import TransferTimeout, TransportError
 from hotset.policies.choose import Move, move_tokens_or_weights
 from hotset.policies.types import FORMAT_CODES, BlockId, Format, Tier
+from hotset.transport.inbox import Inbox
 from hotset.transport.records import NO_NAME, Code, Kind
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
 
-_PATIENCE_S = 60.0
+_PATIENCE_NS = 60_000_000_000
 _DISPATCH_S = 2.0
 _LAYER_SAMPLE = 16  # one step in this many gets a row for each layer
 
@@ -192,7 +193,7 @@ class TokenPath:
         start_ns = time.time_ns()
         self._measure(context, start_ns)
         experts, counts = count_experts(top_k_index, num_experts=self._catalog.num_experts)
-        inbox: SimpleQueue[Delivery | Dispatched] = SimpleQueue()
+        inbox: Inbox[Delivery | Dispatched] = Inbox()
         ready, plan = self._cache.begin(
             layer, experts, counts,
             step=context.step, request=context.request, inbox=inbox,  # type: ignore[arg-type] # a queue of more kinds
@@ -274,7 +275,7 @@ class TokenPath:
         hidden: torch.Tensor,
         groups: Groups,
         outputs: dict[int, torch.Tensor],
-        inbox: SimpleQueue[Any],
+        inbox: Inbox[Any],
     ) -> None:
         """Use what has come: compute with weights, or take rows."""
         if isinstance(arrival, Dispatched):
@@ -296,7 +297,7 @@ class TokenPath:
         rows: dict[int, int],
         hidden: torch.Tensor,
         groups: Groups,
-        inbox: SimpleQueue[Any],
+        inbox: Inbox[Any],
     ) -> None:
         """Start what brings the missing experts' outputs: tokens out, or weights in."""
         context = self.context
@@ -350,7 +351,7 @@ class TokenPath:
         layer: int,
         parts: list[tuple[int, torch.Tensor]],
         context: Context,
-        inbox: SimpleQueue[Any],
+        inbox: Inbox[Any],
     ) -> None:
         began_ns, wall_ns = time.monotonic_ns(), time.time_ns()
         row_id = self._row_ids.take()
@@ -381,7 +382,7 @@ class TokenPath:
         inbox.put(Dispatched(store, layer, outputs, row_id))
 
     def _take(
-        self, arrival: Dispatched, outputs: dict[int, torch.Tensor], *, inbox: SimpleQueue[Any]
+        self, arrival: Dispatched, outputs: dict[int, torch.Tensor], *, inbox: Inbox[Any]
     ) -> None:
         """Use a peer's answer; fetch what it no longer had."""
         gone = []
@@ -397,17 +398,17 @@ class TokenPath:
                 arrival.layer, gone, inbox=inbox, trace=context.trace, parent=context.step_row
             )
 
-    def _wait(self, inbox: SimpleQueue[Any], *, layer: int) -> Any:
+    def _wait(self, inbox: Inbox[Any], *, layer: int) -> Any:
         try:
             return inbox.get_nowait()
         except Empty:
             pass
         start_ns = time.time_ns()
         try:
-            arrival = inbox.get(timeout=_PATIENCE_S)
+            arrival = inbox.get(_PATIENCE_NS)
         except Empty:
             raise TransferTimeout(
-                f"nothing arrived for layer {layer} within {_PATIENCE_S:.0f} s",
+                f"nothing arrived for layer {layer} within {_PATIENCE_NS // 10**9} s",
                 remedy="look at `hotset status` for stores that hang",
             ) from None
         self._stalled(arrival, layer=layer, start_ns=start_ns, end_ns=time.time_ns())

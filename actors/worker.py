@@ -53,6 +53,7 @@ from hotset.policies.types import (
     RouterCounts,
     StartTransfer,
 )
+from hotset.transport.inbox import Inbox
 from hotset.transport.slab import slot_stride
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ class GPUWorker:
         """Hold a block in int8: encoded here from the full copy, which is fetched when missing."""
         held = self._cache.hold(block.layer, block.index)
         if held is None:
-            inbox: SimpleQueue[Delivery] = SimpleQueue()
+            inbox: Inbox[Delivery] = Inbox()
             self._cache.fetch(
                 block.layer, [block.index], inbox=inbox, trace=(0, 0), parent=0,
                 reason=Reason.DEMOTE,

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hotset.errors import (
@@ -33,6 +33,7 @@ from hotset.errors import (
     TransportError,
 )
 from hotset.transport.base import FileItem, PeerInfo, Priority, ReadItem
+from hotset.transport.inbox import Inbox
 from hotset.transport.job import Job
 from hotset.transport.mover import STORAGE, Mover
 from hotset.transport.pacepage import PacePage
@@ -92,8 +93,8 @@ class Engine:
         self._token = token
         self._page: PacePage | None = None
         self._max_quarantined = max_quarantined
-        self._inbox: SimpleQueue[Callable[[], Any]] = SimpleQueue()
-        self._to_verify: SimpleQueue[Check | None] = SimpleQueue()
+        self._inbox: Inbox[Callable[[], Any]] = Inbox()
+        self._to_verify: Inbox[Check | None] = Inbox()
         self._mover = Mover(
             slab=slab,
             backend=backend,
@@ -379,7 +380,7 @@ class Engine:
             inbox.get()()
         elif wait_ns and inbox.empty():
             try:
-                inbox.get(timeout=wait_ns / 1e9)()
+                inbox.get(wait_ns)()
             except Empty:
                 return
         while not inbox.empty():
@@ -392,7 +393,7 @@ class Engine:
             wait_ns = self._mover.step()
             left_ns = min(1_000_000 if wait_ns is None else wait_ns, 1_000_000)
             with contextlib.suppress(Empty):
-                self._inbox.get(timeout=left_ns / 1e9)()
+                self._inbox.get(left_ns)()
         if self._mover.quarantine:
             return False
         if self._backend is not None:

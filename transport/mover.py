@@ -34,9 +34,9 @@ from hotset.transport.timers import Timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from queue import SimpleQueue
 
     from hotset.transport.base import Backend, PeerInfo
+    from hotset.transport.inbox import Inbox
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
     from hotset.transport.storage import StorageJob, StorageReader
@@ -60,7 +60,7 @@ class Mover:
         pacer: Pacer | None,
         time_scale: float,
         describe: Callable[[bytes], tuple[int, int]] | None,
-        verifier: SimpleQueue[Check | None],
+        verifier: Inbox[Check | None],
         files_ended: Callable[[Post], None],
     ) -> None:
         """`verifier` is the queue of the verifier thread, `files_ended` tells the owner."""

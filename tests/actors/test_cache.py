@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +14,7 @@ from hotset.blocks.families import make_random_checkpoint
 from hotset.policies.device import DeviceShape
 from hotset.policies.residency import make_policy
 from hotset.policies.types import BlockId, CopyDropped, CopyLanded, Format, Reason, TransferFailed
+from hotset.transport.inbox import Inbox
 from hotset.transport.loopback import Fault
 from tests.actors.node import DEADLINE_S, Node, truth
 
@@ -46,13 +46,13 @@ class Hot:
             store=node.store, fetcher=node.fetcher, policy=self.policy, payload_nbytes=node.nbytes
         )
 
-    def fetch(self, layer: int, *experts: int) -> SimpleQueue[Any]:
-        inbox: SimpleQueue[Any] = SimpleQueue()
+    def fetch(self, layer: int, *experts: int) -> Inbox[Any]:
+        inbox: Inbox[Any] = Inbox()
         self.cache.fetch(layer, experts, inbox=inbox, trace=(0, 0), parent=0)
         return inbox
 
     def get(self, layer: int, expert: int) -> Held:
-        held = self.fetch(layer, expert).get(timeout=DEADLINE_S)
+        held = self.fetch(layer, expert).get(int(DEADLINE_S * 1e9))
         assert isinstance(held, Held)
         return held
 
@@ -87,7 +87,7 @@ def test_one_fetch_serves_all_who_wait(
     inboxes = [hot.fetch(0, 3) for _ in range(5)]
     assert network.wait_posts(1)
     network.release()
-    held = [inbox.get(timeout=DEADLINE_S) for inbox in inboxes]
+    held = [inbox.get(int(DEADLINE_S * 1e9)) for inbox in inboxes]
     assert network.posts == 1
     assert len({one.slot for one in held}) == 1
     assert hot.node.slab.pins(held[0].slot) == len(inboxes)
@@ -119,11 +119,11 @@ def test_who_finds_all_slots_pinned_waits_in_line(hot: Hot) -> None:
     assert not hot.cache.prefetch([(1, 1)])  # nobody overtakes the line
     assert first.empty()
     hot.cache.done(held.pop())
-    got = first.get(timeout=DEADLINE_S)
+    got = first.get(int(DEADLINE_S * 1e9))
     assert got.expert == 6
     assert second.empty()
     hot.cache.done(got)
-    hot.cache.done(second.get(timeout=DEADLINE_S))
+    hot.cache.done(second.get(int(DEADLINE_S * 1e9)))
     for one in held:
         hot.cache.done(one)
 
@@ -179,7 +179,7 @@ def test_a_block_that_no_source_delivers_is_told_to_all(
     node = Node("worker", catalog=Catalog.open(path), network=network, slots=SLOTS)
     hot = Hot(node)
     (path / "model.safetensors").unlink()
-    lost = hot.fetch(0, 3).get(timeout=DEADLINE_S)
+    lost = hot.fetch(0, 3).get(int(DEADLINE_S * 1e9))
     assert isinstance(lost, Lost)
     assert "model.safetensors" in lost.error
     (failure,) = of_kind(node, TransferFailed)
@@ -240,7 +240,7 @@ def serve(
             if dice.random() < 0.2:
                 network.script(dice.choice([Fault.ERROR, Fault.FLIP]), source="pool")
             experts = sorted(dice.sample(range(hot.node.catalog.num_experts), 2))
-            inbox: SimpleQueue[Any] = SimpleQueue()
+            inbox: Inbox[Any] = Inbox()
             ready, plan = hot.cache.begin(
                 layer, experts, [1, 1], step=step, request=number, inbox=inbox
             )
@@ -250,7 +250,7 @@ def serve(
             for held in ready:
                 use(hot, held, right, waiting)
             while waiting:
-                use(hot, inbox.get(timeout=DEADLINE_S), right, waiting)
+                use(hot, inbox.get(int(DEADLINE_S * 1e9)), right, waiting)
             assert inbox.empty()
 
 
