@@ -108,8 +108,10 @@ class Arrivals:
             self._slab.show_progress(
                 item.dest, item.expect, arrived=max(0, pieces.arrived - HEADER_BYTES)
             )
-        if pieces.hashing:
-            return  # the verifier sees what has arrived meanwhile
+        if not pieces.hashing:  # else the verifier sees what has arrived, or is told next time
+            self._hash(track, pieces, peer, alone=alone)
+
+    def _hash(self, track: Track, pieces: Pieces, peer: str, *, alone: bool) -> None:
         if not alone and pieces.arrived - pieces.hashed > INLINE_BYTES:
             pieces.hashing = True
             self._verify(Check([track], peer, pieces))
@@ -144,9 +146,8 @@ class Arrivals:
             return
         track, pieces = check.tracks[0], check.pieces
         pieces.hashing = False
-        if track.stage is Stage.WAITING and track.pieces is pieces:
-            hash_arrived(self._slab, track, pieces)  # what came after the verifier looked
-            self._finish_pieces(track, pieces, check.peer)
+        if track.stage is Stage.WAITING and track.pieces is pieces:  # more came meanwhile
+            self._hash(track, pieces, check.peer, alone=pieces.arrived == pieces.end)
 
     def _finish_pieces(self, track: Track, pieces: Pieces, peer: str) -> None:
         if pieces.complete and track.stage is Stage.WAITING:

@@ -150,6 +150,11 @@ class Track:
         """The store that it is read from now."""
         return self.job.peer if self.source is None else self.source.peer
 
+    @property
+    def first_hand(self) -> bool:
+        """Whether it is read from the job's peer, whole or with its header."""
+        return self.source is None and (self.pieces is None or not self.pieces.bare)
+
     def reads_from(self, peer: str) -> bool:
         """Whether `peer` is among its sources now."""
         pieces = self.pieces
@@ -304,10 +309,10 @@ def spans(tracks: Sequence[Track], peer: str) -> list[Span]:
     """Header and payload of each slot in one span."""
     return [
         Span(
-            local_offset=track.item.dest.offset,
-            remote_offset=track.remote_offset(peer),
-            nbytes=HEADER_BYTES + track.item.expect.nbytes,
+            local_offset=item.dest.offset,
+            remote_offset=item.remote_offset if track.source is None else track.remote_offset(peer),
+            nbytes=HEADER_BYTES + item.expect.nbytes,
         )
         for track in tracks
-        if isinstance(track.item, ReadItem)
+        if isinstance(item := track.item, ReadItem)
     ]

@@ -30,7 +30,7 @@ WINDOW_NS: Final = 4_000_000
 WINDOW_MIN_BYTES: Final = 512 << 10
 WINDOW_MAX_BYTES: Final = 32 << 20
 FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
-PIECE_MIN_BYTES: Final = 1 << 20  # of a fast link; the last piece is verified alone, so it is short
+PIECE_MIN_BYTES: Final = 2 << 20  # of a fast link: below, its posts cost more than it saves
 FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
 RATE_MIN_BYTES: Final = 256 << 10  # shorter posts measure latency
 POST_ITEMS: Final = 1024
@@ -96,7 +96,9 @@ class Link:
         queue = self._queue
         while queue:
             track = queue[0][5]
-            if track.stage is Stage.WAITING and (self.is_files or track.reads_from(self.name)):
+            if track.stage is Stage.WAITING and (
+                track.first_hand or self.is_files or track.reads_from(self.name)
+            ):
                 return queue[0]
             heapq.heappop(queue)
         return None
@@ -127,17 +129,17 @@ class Link:
             return True
         if track.pieces is not None:
             return False
-        nbytes = track.slot_bytes
-        return nbytes <= WINDOW_MIN_BYTES // 2 or nbytes <= self.piece_bytes(nbytes)
+        return track.slot_bytes <= min(PIECE_MIN_BYTES, self.window_bytes // 2)
 
     def piece_bytes(self, left: int) -> int:
         """Bytes of the next post when `left` are to go.
 
-        Half a window at most. A third of what is left at most, because the last piece is verified
+        Half a window at most. Half of what is left at most, because the last piece is verified
         while nothing moves; on slow links pieces are shorter than PIECE_MIN_BYTES.
         """
         half = self.window_bytes // 2
-        return min(half, max(left // 3, min(PIECE_MIN_BYTES, half)))
+        piece = min(half, max(left // 2, min(PIECE_MIN_BYTES, half)))
+        return piece if left - piece > piece // 2 else left  # no crumbs
 
     # --- credits ----------------------------------------------------------------------------------
 

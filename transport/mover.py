@@ -149,10 +149,16 @@ class Mover:
         if not job.items:
             self.job_ended(job)
             return
+        link = self._link(job.peer)
         for index, item in enumerate(job.items):
-            track = Track(job, index, item, item.others if isinstance(item, ReadItem) else ())
+            track = Track(job, index, item)
             job.tracks.append(track)
-            self._queue(track)
+            if isinstance(item, ReadItem):
+                track.rest = item.others
+                if item.follow or item.stream or item.stripe:
+                    self._queue(track)
+                    continue
+            link.push(track)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a ticket as CANCELLED; nothing happens when it has ended."""
@@ -230,9 +236,7 @@ class Mover:
     def _queue(self, track: Track) -> None:
         """Join the queue of the track's source; of all its sources when it is striped."""
         item = track.item
-        if isinstance(item, FileItem):
-            self._link(STORAGE).push(track)
-            return
+        assert isinstance(item, ReadItem)  # noqa: S101 - files have one source and no pieces
         striped = item.stripe and not track.lost and bool(track.rest)
         names = [track.peer, *(copy.peer for copy in track.rest)] if striped else [track.peer]
         if track.pieces is None and (striped or item.follow or item.stream):
