@@ -199,6 +199,9 @@ class Hands:
             return f"{type(error).__name__}: {error}"
         return ""
 
+    def disconnect(self, name: str) -> None:
+        self.engine.disconnect(name)
+
     def read(self, peer: str, copies: list[Source], seconds: float, strike: Strike | None) -> Begun:
         """Begin to read all copies in one ticket; strike when the first byte lands."""
         slots = self._destinations(len(copies))
