@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hotset.errors import ConfigError
+from hotset.transport import link as links
 from hotset.transport import mover
 from hotset.transport.base import Expect, ReadItem, Status
 from hotset.transport.header import checksum
@@ -65,7 +66,8 @@ class Three:
 
 
 @pytest.fixture
-def three() -> Iterator[Three]:
+def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Three]:
+    monkeypatch.setattr(links, "PIECE_MIN_BYTES", 1 << 20)  # several pieces of a small slot
     made = Three()
     yield made
     made.close()
