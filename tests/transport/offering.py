@@ -88,6 +88,7 @@ class Offering(Hands):
         """Let `count` slots be free and painted."""
         self.wanted, self.ticket = [], None
         self.took(0.0)  # of an earlier offer, landed after its source had given up
+        self.paint()  # so that no other slot is free
         slots = self._destinations(count)
         for slot in slots:
             self.slab.fail(slot)

@@ -7,6 +7,7 @@ test instead of the run; SIGUSR1 makes it tell where it hangs.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing as mp
 import os
@@ -97,8 +98,10 @@ class Child:
         """Wait until every thread has stopped; a running one stops when it leaves the kernel."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            tasks = list(Path(f"/proc/{self.pid}/task").glob("*/stat"))
-            states = {t.read_text(encoding="utf-8").rpartition(")")[2].split()[0] for t in tasks}
+            states = set()
+            for task in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it just ended
+                    states.add(task.read_text(encoding="utf-8").rpartition(")")[2].split()[0])
             if states == {"T"}:
                 return True
             os.sched_yield()
