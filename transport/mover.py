@@ -14,7 +14,6 @@ joins the queue of its next source with the same slot.
 
 from __future__ import annotations
 
-import heapq
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -30,7 +29,7 @@ from hotset.transport.link import Link
 from hotset.transport.looks import FOLLOW_BYTES, LOOK_MIN_NS, Looks
 from hotset.transport.pacepage import PacePage
 from hotset.transport.pacing import Pacer
-from hotset.transport.timers import Timers
+from hotset.transport.timers import Deadlines, Timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,7 +84,7 @@ class Mover:
         self._looks = Looks(slab)
         self.jobs: dict[Ticket, Job] = {}
         self._flights = Flights(backend=backend, slab=slab, timers=self._timers, owner=self)
-        self._deadlines: list[tuple[int, int, Job]] = []
+        self._deadlines = Deadlines()
         self._turns = 0
         self._link_free_ns = 0  # when an emulated link lets the next post go; 0: none waits
         if storage is not None:
@@ -145,7 +144,7 @@ class Mover:
         job.results = [None] * len(job.items)
         job.open_tracks = len(job.items)
         self.jobs[job.ticket] = job
-        heapq.heappush(self._deadlines, (job.deadline_ns, job.ticket.transfer_id, job))
+        self._deadlines.add(job)
         if not job.items:
             self.job_ended(job)
             return
@@ -181,6 +180,7 @@ class Mover:
         post.link.ended(post, now)
         verdicts = judge_files(post.tracks, post.storage)
         self._flights.settle(post)
+        post.storage = None  # it knows the post: as in `job_ended`
         for track, verdict in zip(post.tracks, verdicts, strict=True):
             if track.stage is Stage.WAITING:
                 post.mark_landed([track], now)
@@ -205,22 +205,25 @@ class Mover:
 
     def step(self) -> int | None:
         """Do what is due. Returns ns until the next turn: 0 at once, None when a message wakes."""
-        self._expire(time.monotonic_ns())  # first: what is late is not posted
+        now = time.monotonic_ns()
+        while (late := self._deadlines.late(now)) is not None:  # first: what is late is not posted
+            self._give_up(late, Status.TIMED_OUT, "the deadline passed")
         posted = self._post_next()
         ended = self._flights.poll()
         now = time.monotonic_ns()
         ran = self._timers.run(now)
         if posted:
             self._flights.last_progress_ns = now
-        if posted or ended or ran:  # each may have made room, or queued something
+        if (posted or ended or ran) and self._has_queued():  # each may have made room
             return 0
         return self._rest(now)
 
+    def _has_queued(self) -> bool:
+        return any(link.head() is not None for link in self._links.values())
+
     def _rest(self, now: int) -> int | None:
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][2].ticket not in self.jobs:
-            heapq.heappop(deadlines)
-        first = [deadlines[0][0]] if deadlines else []
+        late = self._deadlines.next_ns()
+        first = [] if late is None else [late]
         poll = self._flights.rest_ns(now)
         if poll is not None:
             first.append(now + poll)
@@ -406,7 +409,7 @@ class Mover:
             for track in alive:
                 self._looked(post, track)
             return
-        alone = self._flights.empty and all(link.head() is None for link in self._links.values())
+        alone = self._flights.empty and not self._has_queued()
         if post.pieces is None:
             if alive:
                 self._arrivals.slots_landed(alive, peer, nbytes=post.nbytes, alone=alone)
@@ -485,13 +488,9 @@ class Mover:
     def job_ended(self, job: Job) -> None:
         """Tell the caller; every item has its result."""
         del self.jobs[job.ticket]
+        self._deadlines.ended()
+        job.tracks.clear()  # they know the job: no cycle is left for the garbage collector
         job.ticket._finish(job.outcome(now_ns=time.monotonic_ns()))  # noqa: SLF001 - its other half
-
-    def _expire(self, now: int) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            job = heapq.heappop(self._deadlines)[2]
-            if job.ticket in self.jobs:
-                self._give_up(job, Status.TIMED_OUT, "the deadline passed")
 
     def _give_up(self, job: Job, status: Status, error: str) -> None:
         """End what has not ended: what is posted goes to quarantine, other slots are free."""

@@ -1,15 +1,19 @@
-"""What the engine's owner thread has to do later: a heap of times and actions.
+"""What the engine's owner thread has to do later, and which jobs are late.
 
-It has neither a clock nor a thread; the owner asks when the next is due.
+Heaps of monotonic times, without a clock or a thread; the owner asks when the next is due.
 """
 
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from hotset.transport.job import Job
+
+MOST_ENDED: Final = 256  # deadlines of ended jobs that are kept before they are swept
 
 
 class Timers:
@@ -36,3 +40,36 @@ class Timers:
             heapq.heappop(self._heap)[2]()
             ran = True
         return ran
+
+
+class Deadlines:
+    """Deadlines of jobs. A job that has ended is passed over, and forgotten in time."""
+
+    def __init__(self) -> None:
+        """Start with no job."""
+        self._heap: list[tuple[int, int, Job]] = []
+        self._running = 0
+
+    def add(self, job: Job) -> None:
+        """Follow a job until it has ended."""
+        self._running += 1
+        if len(self._heap) > 2 * self._running + MOST_ENDED:
+            self._heap = [entry for entry in self._heap if entry[2].open_tracks]
+            heapq.heapify(self._heap)
+        heapq.heappush(self._heap, (job.deadline_ns, job.ticket.transfer_id, job))
+
+    def ended(self) -> None:
+        """One of the jobs has ended."""
+        self._running -= 1
+
+    def next_ns(self) -> int | None:
+        """The earliest deadline of a job that runs."""
+        heap = self._heap
+        while heap and not heap[0][2].open_tracks:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def late(self, now_ns: int) -> Job | None:
+        """Take out a job that runs and whose deadline has passed."""
+        due = self.next_ns()
+        return heapq.heappop(self._heap)[2] if due is not None and due <= now_ns else None
