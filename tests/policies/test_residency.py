@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,13 +20,20 @@ from hypothesis.stateful import (
 
 from hotset.errors import ConfigError, InvalidTransition
 from hotset.policies.config import ResidencyConfig
-from hotset.policies.residency import DeviceResidency, DeviceShape, ResidencyPolicy, make_policy
+from hotset.policies.predictor import TransitionPredictor, Visit
+from hotset.policies.residency import (
+    LIVE_POLICIES,
+    DeviceResidency,
+    DeviceShape,
+    ResidencyPolicy,
+    make_policy,
+)
 from hotset.policies.types import Format, State
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NAMES = ("hotset", "lru", "load-on-demand")
+NAMES = LIVE_POLICIES
 
 
 def shape_of(slots: int, *, layers: int = 4, experts: int = 16) -> DeviceShape:
@@ -115,25 +120,7 @@ def test_hotset_beats_lru_on_a_drifting_markov_trace(seed: int) -> None:
     hotset = drive(make_policy("hotset", shape), trace, layers=shape.layers)
     assert aged.hit_ratio > lru.hit_ratio
     assert hotset.hit_ratio > lru.hit_ratio + 0.05
-    assert hotset.loads_per_layer < 1.5 * lru.loads_per_layer
-
-
-@pytest.mark.skipif("HOTSET_ROUTER_TRACE" not in os.environ, reason="needs a recorded trace")
-@pytest.mark.slow
-def test_recorded_decode_at_a_quarter_resident() -> None:
-    trace = np.load(Path(os.environ["HOTSET_ROUTER_TRACE"]))["experts"][:8000].astype(np.int64)
-    layers = tuple(range(trace.shape[1]))
-    shape = DeviceShape(
-        layers=layers,
-        num_experts=64,
-        full_nbytes=128,
-        reduced_nbytes=64,
-        capacity_bytes=128 * 64 * len(layers) // 4,
-    )
-    lru = drive(make_policy("lru", shape), trace, layers=layers)
-    hotset = drive(make_policy("hotset", shape), trace, layers=layers)
-    assert hotset.hit_ratio >= 0.66
-    assert hotset.loads_per_layer <= 1.3 * lru.loads_per_layer
+    assert hotset.loads_per_layer < 1.4 * lru.loads_per_layer
 
 
 def test_a_layer_step_is_cheap() -> None:
@@ -197,38 +184,50 @@ def test_a_reduced_copy_is_upgraded_in_place_and_kept_when_that_fails() -> None:
     assert [line.event for line in policy.story(1, 0)][-2:] == ["landed_full", "demoted"]
 
 
-def test_predictor_is_silent_while_most_experts_are_touched() -> None:
-    policy = DeviceResidency(shape_of(24))
-    for step in range(30):
-        for layer in (1, 2, 3, 4):
-            plan = policy.routed(layer, [0, 1], [1, 1], step=step)
-    assert policy.predicting
-    assert set(plan.prefetch) <= {(1, 0), (1, 1)}
-    assert plan.prefetch
-    plan = policy.routed(1, list(range(16)), [4] * 16, step=31)
-    assert not policy.predicting
-    assert plan.prefetch == []
-    for step in range(32, 42):
-        for layer in (1, 2, 3, 4):
-            policy.routed(layer, [0, 1], [1, 1], step=step)
-    assert policy.predicting
+def cycle(policy: DeviceResidency, *, steps: int, first: int = 0) -> None:
+    """Steps in which layer 2 needs expert 3 after 0 and expert 4 after 1."""
+    for step in range(first, first + steps):
+        policy.routed(1, [step % 2], [1], step=step)
+        policy.routed(2, [3 + step % 2], [1], step=step)
 
 
-def test_what_is_expected_next_is_not_the_next_victim() -> None:
+def test_what_is_expected_next_is_kept_and_fetched() -> None:
     policy = DeviceResidency(shape_of(8, layers=2))
     for expert in (3, 4):
         policy.in_flight(2, expert)
         policy.landed(2, expert)
-    for step in range(40):
-        policy.routed(1, [step % 2], [1], step=step)
-        policy.routed(2, [3 + step % 2], [1], step=step)
-    rest = policy.ranks()[1]
-    assert rest[4] > rest[3], "used last, hence more popular"
-    policy.routed(1, [0], [1], step=40)
+    cycle(policy, steps=60)
+    policy.routed(1, [0], [1], step=60)
     ahead = policy.ranks()[1]
-    assert ahead[3] > ahead[4], "layer 1 has chosen expert 0, which expert 3 follows"
-    policy.routed(2, [4], [1], step=40)
-    assert policy.ranks()[1][3] == pytest.approx(rest[3]), "its layer has passed"
+    assert ahead[3] > 3 * ahead[4], "layer 1 has chosen expert 0, which expert 3 follows"
+    policy.dropped(2, 3)
+    policy.routed(2, [4], [1], step=60)
+    plan = policy.routed(1, [0], [1], step=61)
+    assert plan.prefetch[0] == (2, 3)
+
+
+def test_a_chance_of_one_forbids_prefetching() -> None:
+    policy = DeviceResidency(shape_of(8, layers=2))
+    cycle(policy, steps=60)
+    assert policy.routed(1, [0], [1], step=60).prefetch
+    policy.routed(2, [3], [1], step=60)
+    policy.steer(1e9)
+    assert policy.routed(1, [0], [1], step=61).prefetch == []
+    policy.routed(2, [3], [1], step=61)
+    policy.steer(0.0, most=0)
+    assert policy.routed(1, [0], [1], step=62).prefetch == []
+
+
+def test_a_full_device_keeps_what_is_likelier_than_the_candidate() -> None:
+    policy = DeviceResidency(shape_of(8, layers=2))
+    for layer in (1, 2):
+        for expert in range(4):
+            policy.in_flight(layer, expert)
+            policy.landed(layer, expert)
+    for step in range(60):
+        for layer in (1, 2):
+            policy.routed(layer, [0, 1, 2, 3], [1] * 4, step=step)
+    assert policy.routed(1, [0, 1, 2, 3], [1] * 4, step=60).prefetch == []
 
 
 def test_expected_use_is_a_ratio_that_follows_use() -> None:
@@ -243,17 +242,21 @@ def test_expected_use_is_a_ratio_that_follows_use() -> None:
     assert use[:, 9] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_ageing_survives_rescaling() -> None:
-    policy = DeviceResidency(shape_of(4), config=ResidencyConfig(half_life_steps=0.5))
-    for step in range(100):
+def test_values_stay_finite_whatever_the_certainty() -> None:
+    policy = DeviceResidency(shape_of(4), config=ResidencyConfig(learning_rate=4.0))
+    for expert in (5, 6):
+        policy.in_flight(1, expert)
+        policy.landed(1, expert)
+    for step in range(300):
         for layer in (1, 2, 3, 4):
             policy.routed(layer, [step % 16], [1], step=step)
-    assert np.isfinite(policy.expected_use()).all()
-    assert policy.expected_use()[0].argmax() == 99 % 16
+        assert np.isfinite(policy.ranks()[0][[5, 6]]).all()
+        assert (policy.ranks()[0][[5, 6]] > 0).all()
+    policy.validate()
 
 
 def test_errors_name_the_remedy() -> None:
-    with pytest.raises(ConfigError, match="choose one of hotset, lru, load-on-demand"):
+    with pytest.raises(ConfigError, match="choose one of hotset, "):
         make_policy("best", shape_of(4))
     with pytest.raises(ConfigError, match="raise the ratio"):
         shape_of(0)
@@ -331,12 +334,16 @@ def test_random_walks_keep_the_books(name: str) -> None:
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=8, unique=True))
 @settings(max_examples=20, deadline=None)
-def test_predictions_are_probabilities(experts: list[int]) -> None:
-    policy = DeviceResidency(shape_of(4))
-    for step in range(20):
-        for layer in (1, 2, 3, 4):
-            policy.routed(layer, [step % 7, 8 + layer], [1, 1], step=step)
-    guess = policy.predictor.predict(1, distance=1, experts=np.array(experts, dtype=np.intp))
+def test_transitions_are_probabilities(experts: list[int]) -> None:
+    predictor = TransitionPredictor(rows=4, num_experts=16)
+    visits = [
+        Visit(row, np.array([step % 7, 9 + row], dtype=np.intp))
+        for step in range(20)
+        for row in range(4)
+    ]
+    for start in range(0, 76, 4):
+        predictor.observe(visits[start : start + 5])
+    guess = predictor.predict(1, distance=1, experts=np.array(experts, dtype=np.intp))
     assert float(guess.min()) >= 0.0
     assert float(guess.max()) <= 1.0 + 1e-5
-    assert len(policy.predictor.top(1, distance=1, experts=experts, limit=3)) == 3
+    assert len(predictor.top(1, distance=1, experts=experts, limit=3)) == 3

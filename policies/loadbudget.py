@@ -1,0 +1,62 @@
+"""How many loads are allowed: a share of what plain LRU would load on the same requests.
+
+Decides a bar of odds for prefetches, nothing else. A prefetch that nobody uses costs bytes that
+others could have used, so loads are kept at `ratio` times those of LRU. LRU is not run but
+shadowed: a list of names by recency for every fourth row, with the slots that row would get if
+LRU split the device evenly. Must not know links or clocks.
+
+Invariants: the bar lies between its bounds; LRU's loads are estimated, so the ratio holds on
+average and not at each step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_EVERY = 4
+_GAIN = 0.002
+"""Growth of the bar's logarithm for each load too many."""
+_LOWEST, _HIGHEST = 0.02, 50.0
+"""Bounds of the bar, in odds."""
+_MEMORY = 0.02
+"""Weight of the newest sample in the estimate of LRU's loads."""
+
+
+class LoadBudget:
+    """A bar of odds that keeps loads at `ratio` times those of a shadowed LRU."""
+
+    def __init__(self, *, rows: int, slots: int, ratio: float) -> None:
+        """`slots` are those of the whole device."""
+        self.ratio = ratio
+        self.bar = 0.25
+        self._slots = max(1, slots // rows)
+        self._recent: list[dict[int, None] | None] = [
+            {} if row % _EVERY == 0 else None for row in range(rows)
+        ]
+        self._lru_loads = 0.0
+
+    def routed(self, row: int, experts: Sequence[int]) -> None:
+        """Let the shadowed LRU serve these experts, the resident ones first."""
+        recent = self._recent[row]
+        if recent is None:
+            return
+        absent = []
+        for expert in experts:
+            if expert in recent:
+                del recent[expert]
+                recent[expert] = None
+            else:
+                absent.append(expert)
+        for expert in absent:
+            recent[expert] = None
+        for _ in range(len(recent) - self._slots):
+            del recent[next(iter(recent))]
+        self._lru_loads += _MEMORY * (len(absent) - self._lru_loads)
+
+    def loaded(self, count: int) -> None:
+        """`count` loads were started for one layer of one step: move the bar."""
+        excess = count - self.ratio * self._lru_loads
+        self.bar = min(_HIGHEST, max(_LOWEST, self.bar * (1.0 + _GAIN * excess)))

@@ -1,0 +1,1 @@
+"""Residency policies of the literature, to compare with: one interface, each from its paper."""
