@@ -82,6 +82,7 @@ class _Peer:
     device: int
     in_flight: int = 0
     leaving: bool = False
+    lost: bool = False  # NIXL gave the connection up, and would for ever answer so
 
 
 @dataclass(slots=True)
@@ -235,6 +236,10 @@ class NixlBackend(Backend):
         if entry is None or slab is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
         near, far = self._descriptors(entry, slab, spans)
+        if entry.lost and entry.in_flight == 0:  # it may have been the network: try anew
+            self._agent.invalidateRemoteMD(entry.agent)
+            self._load(entry.agent, entry.info.backend_metadata)
+            entry.lost = False
         nixl, agent = self._nixl, self._agent
         try:
             request: int = agent.createXferReq(
@@ -299,6 +304,7 @@ class NixlBackend(Backend):
             status = ask(post.request)
         except Exception as error:  # noqa: BLE001 - NIXL's errors share no root; told as ERROR
             post.state, post.error = PostState.ERROR, str(self._typed(error, post.peer.info.name))
+            post.peer.lost = True
             return
         if status == self._nixl.NIXL_SUCCESS:
             post.state = PostState.DONE

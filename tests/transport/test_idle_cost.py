@@ -67,9 +67,6 @@ def test_connected_stores_that_wait_cost_no_core(environment: dict[str, str]) ->
     source.close()
 
 
-@pytest.mark.xfail(
-    strict=False, reason="the owner thread asks every 1 ms, however long nothing has come"
-)
 def test_a_read_that_hangs_costs_no_core() -> None:
     source, reader = _connected(TCP)
     source.freeze()
