@@ -90,15 +90,15 @@ class Arrivals:
 
     # --- landed -----------------------------------------------------------------------------------
 
-    def slots_landed(self, tracks: Sequence[Track], peer: str, *, nbytes: int, alone: bool) -> None:
-        """Whole slots are here. `alone`: the owner has nothing else to move meanwhile."""
+    def slots_landed(self, tracks: Sequence[Track], peer: str, *, alone: bool) -> None:
+        """Whole slots are here. `alone`: they are small, or nothing else moves meanwhile."""
         for track in tracks:
             track.stage = Stage.VERIFYING
-        if alone or nbytes <= INLINE_BYTES:
-            for track in tracks:
-                self.judged(track, peer, judge(self._slab, track, peer))
-        else:
+        if not alone:
             self._verify(Check(tracks, peer))
+            return
+        for track in tracks:
+            self.judged(track, peer, judge(self._slab, track, peer))
 
     def piece_landed(self, track: Track, peer: str, *, alone: bool) -> None:
         """More of a slot is here; what is in order is hashed while the rest moves."""
@@ -239,11 +239,13 @@ class Arrivals:
     def _record(self, track: Track, result: ItemResult) -> None:
         job, item, ring = track.job, track.item, self._ring
         now = time.monotonic_ns()
-        times = phases(track, submitted_ns=job.submitted_ns, now_ns=now)
+        queue_ns, wire_ns, verify_ns, activate_ns = phases(
+            track, submitted_ns=job.submitted_ns, now_ns=now
+        )
         layer, expert = self._describe(item.expect.key) if self._describe else (-1, -1)
         ring.append(
             Kind.TRANSFER,
-            code=_CODES[result.status],
+            code=0 if result.status is Status.DONE else _CODES[result.status],
             source=ring.name(result.source),
             format_code=item.expect.format_code,
             layer=layer,
@@ -255,10 +257,10 @@ class Arrivals:
             trace_hi=job.trace[0],
             trace_lo=job.trace[1],
             nbytes=item.expect.nbytes,
-            queue_ns=times.queue_ns,
-            wire_ns=times.wire_ns,
-            verify_ns=times.verify_ns,
-            activate_ns=times.activate_ns,
+            queue_ns=queue_ns,
+            wire_ns=wire_ns,
+            verify_ns=verify_ns,
+            activate_ns=activate_ns,
             reason=ring.name(job.reason),
             attempt=len(result.lost),
         )

@@ -34,9 +34,9 @@ chain of stores while its source sends it once (`multicast.py`).
 **Idempotent:** `connect` with the same info, `disconnect`, `close`, and every read: content is
 immutable, so a read that is repeated lands the same bytes.
 
-**Threads.** Any thread may submit and wait. Exactly one thread, the engine's owner, calls a
-backend. Checksums are verified before the ticket ends; a second thread verifies what has landed
-while the owner moves the rest.
+**Threads.** Any thread may submit and wait. One thread at a time calls a backend: the engine's
+owner, or a thread that waits and has taken the owner's turn. Checksums are verified before the
+ticket ends; a second thread verifies what has landed while the owner moves the rest.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Backend(ABC):
-    """Moves spans from a peer's slab into ours. Called by one thread only (the engine's owner).
+    """Moves spans from a peer's slab into ours. Called by one thread at a time.
 
     A backend never blocks for longer than one post of local memory copying, never raises out of
     `poll`, and never frees anything that may still be written to.

@@ -1,9 +1,10 @@
 """The engine of a store: takes reads from any thread, ends each one exactly once.
 
 Moves blocks into one slab, from peers through a backend and from files through a reader. One owner
-thread per engine alone calls the backend and decides what ends (`mover.py`); a verifier thread
-hashes what has landed of large batches while the owner moves the rest. Callers submit through a
-queue and wait on tickets. It must not know what keys mean: `describe` turns one into the two
+thread per engine calls the backend and decides what ends (`mover.py`); a verifier thread hashes
+what has landed of large batches while the owner moves the rest. Callers submit through a queue and
+wait on tickets; one that would only wait may take the owner's turn meanwhile (`read_now`), which
+saves two changes of thread. It must not know what keys mean: `describe` turns one into the two
 numbers of a transfer's row.
 
 Invariants: a ticket ends once, at the latest at its deadline plus one turn of the owner; an item
@@ -35,7 +36,8 @@ from hotset.errors import (
 from hotset.transport.base import FileItem, PeerInfo, Priority, ReadItem
 from hotset.transport.inbox import Inbox
 from hotset.transport.job import Job
-from hotset.transport.mover import STORAGE, Mover
+from hotset.transport.links import STORAGE
+from hotset.transport.mover import Mover
 from hotset.transport.pacepage import PacePage
 from hotset.transport.slab import SlotState
 from hotset.transport.ticket import Ticket
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hotset.transport.arrivals import Check
-    from hotset.transport.base import Backend, LinkProfile
+    from hotset.transport.base import Backend, LinkProfile, Outcome
     from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
@@ -115,6 +117,9 @@ class Engine:
         self._next_id = 1 + secrets.randbits(63)
         self._closed = ""
         self._stop = False
+        self._turn_lock = threading.Lock()
+        self._driver = 0  # ident of the thread that has taken the owner's turn
+        self._fault: Exception | None = None  # what broke there
 
     # --- life -------------------------------------------------------------------------------------
 
@@ -192,6 +197,22 @@ class Engine:
         """
         return self._submit(peer, items, deadline_ns, trace, parent, reason, priority)
 
+    def read_now(  # noqa: PLR0913 - as `read`
+        self,
+        peer: str,
+        items: Sequence[ReadItem],
+        *,
+        deadline_ns: int,
+        trace: tuple[int, int] = (0, 0),
+        parent: int = 0,
+        reason: str = "",
+        priority: Priority = Priority.IMMINENT,
+    ) -> Outcome:
+        """Read as `read` does and wait for the end; the quickest way to one small block."""
+        ticket = self._submit(peer, items, deadline_ns, trace, parent, reason, priority, ring=False)
+        self._drive(ticket)
+        return ticket.wait()
+
     def read_files(  # noqa: PLR0913 - as `read`
         self,
         items: Sequence[FileItem],
@@ -237,35 +258,34 @@ class Engine:
         parent: int,
         reason: str,
         priority: Priority,
+        *,
+        ring: bool = True,
     ) -> Ticket:
         self._check(items)
-        ticket = Ticket(transfer_id=self._reserve(len(items)), cancel=self._cancel)
-        job = Job(
-            ticket=ticket,
-            peer=peer,
-            items=tuple(items),
-            deadline_ns=deadline_ns,
-            submitted_ns=time.monotonic_ns(),
-            wall_ns=time.time_ns(),
-            priority=priority,
-            trace=trace,
-            parent=parent,
-            reason=reason,
-        )
+        wall_ns, now = time.time_ns(), time.monotonic_ns()
         with self._door:  # a read is either before `close` in the queue, or refused
             self._check_open()
+            first = self._next_id  # id i is the row of item i
+            self._next_id += max(1, len(items))
+            ticket = Ticket(transfer_id=first, cancel=self._cancel)
+            job = Job(
+                ticket=ticket,
+                peer=peer,
+                items=tuple(items),
+                deadline_ns=deadline_ns,
+                submitted_ns=now,
+                wall_ns=wall_ns,
+                priority=priority,
+                trace=trace,
+                parent=parent,
+                reason=reason,
+            )
             for item in items:
                 if isinstance(item, ReadItem) and item.stream:  # before anybody is told of it
                     self._slab.show_progress(item.dest, item.expect, arrived=0)
-            self._inbox.put(partial(self._mover.add, job))
+            put = self._inbox.put if ring else self._inbox.put_quietly
+            put(partial(self._mover.add, job))
         return ticket
-
-    def _reserve(self, count: int) -> int:
-        """Take `count` ids in a row; id i is the row of item i."""
-        with self._door:
-            first = self._next_id
-            self._next_id += max(1, count)
-            return first
 
     def _check_open(self) -> None:
         if self._closed or self._info is None:
@@ -275,7 +295,6 @@ class Engine:
             )
 
     def _check(self, items: Sequence[ReadItem] | Sequence[FileItem]) -> None:
-        self._check_open()
         if len(self._mover.quarantine) >= self._max_quarantined:
             raise QuarantineFull(
                 f"store {self.name!r} has {self.quarantined} abandoned transfers",
@@ -329,7 +348,7 @@ class Engine:
 
         Raises TransferTimeout when the owner does not come to it.
         """
-        if threading.current_thread() is self._owner:
+        if threading.get_ident() in {self._owner.ident, self._driver}:
             return action(**kwargs)
         if self._stop or not self._owner.is_alive():
             raise TransportError(
@@ -356,12 +375,32 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stop:
-                self._turn()
+                with self._turn_lock:
+                    wait_ns = self._turn()
+                if wait_ns != 0:
+                    self._inbox.wait(wait_ns)
         except Exception as error:  # noqa: BLE001 - a bug of ours; told, and everybody is woken
             _log.critical("the owner thread of store %s broke", self.name, exc_info=True)
             with self._door:
                 self._closed = f"broken ({error!r})"
             self._end_as_broken()
+
+    def _drive(self, ticket: Ticket) -> None:
+        """Take the owner's turns until a ticket has ended or there is nothing to do at once."""
+        if not self._turn_lock.acquire(blocking=False):
+            self._inbox.ring()
+            return
+        try:
+            self._driver = threading.get_ident()
+            while not ticket.done and self._turn() == 0:
+                pass
+        except Exception as error:  # noqa: BLE001 - as in `_run`, which raises it
+            self._fault = error
+        finally:
+            self._driver = 0
+            self._turn_lock.release()
+        if not (self._mover.idle and self._inbox.empty()) or self._fault is not None:
+            self._inbox.ring()
 
     def _end_as_broken(self) -> None:
         """After a bug: end every ticket as FAILED, so that nobody waits for ever."""
@@ -373,18 +412,14 @@ class Engine:
             with contextlib.suppress(Exception):  # the first one has been told
                 message()
 
-    def _turn(self) -> None:
-        wait_ns = self._mover.step()
+    def _turn(self) -> int | None:
+        """Do what was asked and what is due; returns as `Mover.step`. With the turn's lock held."""
+        if self._fault is not None:
+            raise self._fault
         inbox = self._inbox
-        if wait_ns is None:
-            inbox.get()()
-        elif wait_ns and inbox.empty():
-            try:
-                inbox.get(wait_ns)()
-            except Empty:
-                return
         while not inbox.empty():
-            inbox.get()()
+            inbox.get_nowait()()
+        return self._mover.step()
 
     def _wind_down(self, *, timeout_ns: int) -> bool:
         deadline = time.monotonic_ns() + timeout_ns

@@ -64,6 +64,9 @@ class _Trouble(msgspec.Struct, frozen=True, array_like=True, tag="trouble"):
 
 _Request = _Ask | _Offer
 _Reply = _Info | _Answer | _Trouble
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+_REQUEST: Final = msgspec.msgpack.Decoder(_Request)
+_REPLY: Final = msgspec.msgpack.Decoder(_Reply)
 
 
 class Exchange:
@@ -110,7 +113,7 @@ class Exchange:
             if not frame:
                 return
             try:
-                reply = self._reply(msgspec.msgpack.decode(frame, type=_Request))
+                reply = self._reply(_REQUEST.decode(frame))
             except msgspec.DecodeError as error:
                 reply = _Trouble(f"a request makes no sense ({error})", "run one version of hotset")
             except HotsetError as error:
@@ -204,7 +207,7 @@ def _call(
             f"store {found.name!r} hung up instead of answering", remedy="try again or elsewhere"
         )
     try:
-        reply = msgspec.msgpack.decode(frame, type=_Reply)
+        reply = _REPLY.decode(frame)
     except msgspec.DecodeError as error:
         raise _nonsense(address) from error
     if isinstance(reply, _Trouble):

@@ -81,6 +81,11 @@ class _Verdict(msgspec.Struct, frozen=True, array_like=True, tag="hotset-verdict
     refusal: str
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+for _kind in (_Hello, _Challenge, _Answer, _Verdict):
+    msgspec.msgpack.Decoder(_kind)
+
+
 def greet(
     sock: socket.socket, *, purpose: str, token: bytes, wanted: Identity, deadline_ns: int
 ) -> Identity:

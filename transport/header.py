@@ -158,9 +158,9 @@ def inspect(buffer: ReadableBuffer, expect: Expect) -> Seen:
     if (
         key == expect.key
         and (magic, version, code, nbytes) == (MAGIC, VERSION, expect.format_code, expect.nbytes)
-        and expect.generation in {None, generation}
-        and expect.checksum in {None, payload_sum}
-        and expect.incarnation in {None, incarnation}
+        and (expect.generation is None or expect.generation == generation)
+        and (expect.checksum is None or expect.checksum == payload_sum)
+        and (expect.incarnation is None or expect.incarnation == incarnation)
         and _HASH.unpack_from(data, _HASHED_BYTES)[0] == checksum(data[:_HASHED_BYTES])
     ):
         return Seen("", payload_sum, epoch)

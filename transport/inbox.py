@@ -34,6 +34,14 @@ class Inbox(Generic[_T]):
     def put(self, item: _T) -> None:
         """Add an item and wake the receiver; never waits."""
         self._items.append(item)
+        self.ring()
+
+    def put_quietly(self, item: _T) -> None:
+        """Add an item for whoever looks next; the sender looks itself, or rings."""
+        self._items.append(item)
+
+    def ring(self) -> None:
+        """Wake the receiver."""
         if self._bell.locked():
             with contextlib.suppress(RuntimeError):  # somebody else has just rung
                 self._bell.release()
@@ -48,6 +56,11 @@ class Inbox(Generic[_T]):
             return self._items.popleft()
         except IndexError:
             raise Empty from None
+
+    def wait(self, timeout_ns: int | None = None) -> None:
+        """Wait until there is an item, somebody rings, or `timeout_ns` have passed."""
+        if not self._items:
+            self._bell.acquire(timeout=-1 if timeout_ns is None else timeout_ns / 1e9)
 
     def get(self, timeout_ns: int | None = None) -> _T:
         """Take the first item, waiting for it. Raises queue.Empty after `timeout_ns`."""

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 MAX_RETRIES: Final = 2
 
-_WORST_FIRST: Final = (Status.TIMED_OUT, Status.CANCELLED, Status.FAILED, Status.STALE)
+_BADNESS: Final = {
+    Status.DONE: 0,
+    Status.STALE: 1,
+    Status.FAILED: 2,
+    Status.CANCELLED: 3,
+    Status.TIMED_OUT: 4,
+}
 
 
 class Stage(Enum):
@@ -240,7 +246,10 @@ class Post:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One ticket under way. Times `*_ns` are monotonic, `wall_ns` is the epoch's."""
+    """One ticket under way. Times `*_ns` are monotonic, `wall_ns` is the epoch's.
+
+    `results` and `tracks` are there once the mover has taken it on.
+    """
 
     ticket: Ticket
     peer: str
@@ -252,8 +261,8 @@ class Job:
     trace: tuple[int, int] = (0, 0)
     parent: int = 0
     reason: str = ""
-    results: list[ItemResult | None] = field(default_factory=list)
-    tracks: list[Track] = field(default_factory=list)
+    results: list[ItemResult | None] = field(init=False)
+    tracks: list[Track] = field(init=False)
     open_tracks: int = 0
     first_ns: int = 0
     landed_ns: int = 0
@@ -261,38 +270,35 @@ class Job:
 
     def outcome(self, *, now_ns: int) -> Outcome:
         """Sum up; every item must have a result. The worst item names the whole."""
-        items = tuple([result for result in self.results if result is not None])
-        bad = [result.status for result in items if result.status is not Status.DONE]
-        status = min(bad, key=_WORST_FIRST.index) if bad else Status.DONE
-        times = phases(self, submitted_ns=self.submitted_ns, now_ns=now_ns)
+        status, nbytes = Status.DONE, 0
+        items: list[ItemResult] = []
+        for item, result in zip(self.items, self.results, strict=True):
+            assert result is not None  # noqa: S101 - the last open track has just ended
+            items.append(result)
+            if result.status is Status.DONE:
+                nbytes += item.expect.nbytes
+            elif _BADNESS[result.status] > _BADNESS[status]:
+                status = result.status
+        queue_ns, wire_ns, verify_ns, activate_ns = phases(
+            self, submitted_ns=self.submitted_ns, now_ns=now_ns
+        )
         return Outcome(
             status=status,
-            items=items,
+            items=tuple(items),
             peer=self.peer,
-            nbytes=sum(
-                [
-                    item.expect.nbytes
-                    for item, result in zip(self.items, items, strict=True)
-                    if result.status is Status.DONE
-                ]
-            ),
+            nbytes=nbytes,
             started_ns=self.wall_ns,
             ended_ns=self.wall_ns + now_ns - self.submitted_ns,
-            queue_ns=times.queue_ns,
-            wire_ns=times.wire_ns,
-            verify_ns=times.verify_ns,
-            activate_ns=times.activate_ns,
+            queue_ns=queue_ns,
+            wire_ns=wire_ns,
+            verify_ns=verify_ns,
+            activate_ns=activate_ns,
             transfer_id=self.ticket.transfer_id,
         )
 
 
-class Phases(NamedTuple):
-    """How a life divides; the parts add up to it."""
-
-    queue_ns: int
-    wire_ns: int
-    verify_ns: int
-    activate_ns: int
+Phases = tuple[int, int, int, int]
+"""Queue, wire, verify and activate in ns: how a life divides; the parts add up to it."""
 
 
 def phases(what: Job | Track, *, submitted_ns: int, now_ns: int) -> Phases:
@@ -302,7 +308,7 @@ def phases(what: Job | Track, *, submitted_ns: int, now_ns: int) -> Phases:
     if not posted <= landed <= verified <= now_ns:
         landed = min(max(landed, posted), now_ns)
         verified = min(max(verified, landed), now_ns)
-    return Phases(posted - submitted_ns, landed - posted, verified - landed, now_ns - verified)
+    return posted - submitted_ns, landed - posted, verified - landed, now_ns - verified
 
 
 def spans(tracks: Sequence[Track], peer: str) -> list[Span]:

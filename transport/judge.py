@@ -28,7 +28,10 @@ def judge(slab: Slab, track: Track, peer: str) -> Verdict:
     seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), wanted)
     if seen.differs:
         return Verdict(Status.STALE, error=seen.differs)
-    return compare(seen, checksum(slab.read_payload(dest, expect.nbytes)))
+    found = checksum(slab.memory.read(dest.offset + HEADER_BYTES, expect.nbytes))
+    if found == seen.checksum:
+        return Verdict(Status.DONE, found, seen.epoch)
+    return compare(seen, found)
 
 
 def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict:

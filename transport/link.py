@@ -145,7 +145,7 @@ class Link:
 
     def has_room(self, priority: int) -> bool:
         """Whether one more post of that class may go out."""
-        busy = sum(self._in_flight[: priority + 1])
+        busy = self._in_flight[0] if priority == 0 else sum(self._in_flight[: priority + 1])
         return busy <= self.window_bytes // 2
 
     def wait_ns(self, now_ns: int, *, imminent: bool) -> int:

@@ -25,10 +25,8 @@ from hotset.transport.flights import Flights
 from hotset.transport.fused import Fused
 from hotset.transport.job import Job, Pieces, Post, Stage, Track, spans
 from hotset.transport.judge import judge_files
-from hotset.transport.link import Link
+from hotset.transport.links import STORAGE, Links
 from hotset.transport.looks import FOLLOW_BYTES, LOOK_MIN_NS, Looks
-from hotset.transport.pacepage import PacePage
-from hotset.transport.pacing import Pacer
 from hotset.transport.timers import Deadlines, Timers
 
 if TYPE_CHECKING:
@@ -36,13 +34,13 @@ if TYPE_CHECKING:
 
     from hotset.transport.base import Backend, PeerInfo
     from hotset.transport.inbox import Inbox
+    from hotset.transport.link import Link
+    from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
     from hotset.transport.storage import StorageJob, StorageReader
     from hotset.transport.ticket import Ticket
 
-STORAGE: Final = "storage"
-"""Name of the source of file reads in outcomes and rows."""
 STREAM_BYTES: Final = 1 << 20  # pieces on the way down a chain of stores
 
 
@@ -66,8 +64,6 @@ class Mover:
         self._slab = slab
         self._backend = backend
         self._storage = storage
-        self._own_pacers = () if pacer is None else (pacer,)
-        self._time_scale = time_scale
         self._files_ended = files_ended
         self._timers = Timers()
         self._arrivals = Arrivals(
@@ -80,17 +76,19 @@ class Mover:
         )
         self._verifier = verifier
         self._fused = None if backend is None else Fused(backend, slab)
-        self._links: dict[str, Link] = {}
+        self._links = Links(own_pacer=pacer, time_scale=time_scale)
         self._looks = Looks(slab)
         self.jobs: dict[Ticket, Job] = {}
         self._flights = Flights(backend=backend, slab=slab, timers=self._timers, owner=self)
         self._deadlines = Deadlines()
-        self._turns = 0
-        self._link_free_ns = 0  # when an emulated link lets the next post go; 0: none waits
+        self._fresh: list[Job] = []  # whose deadline nobody watches yet
         if storage is not None:
-            pacers = () if storage.pacer is None else (storage.pacer,)
-            pacers = (*pacers, *self._own_pacers)
-            self._links[STORAGE] = Link(STORAGE, pacers=pacers, is_files=True)
+            self._links.add_files(storage.pacer)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no job runs and nothing is in flight."""
+        return not self.jobs and self._flights.empty
 
     @property
     def quarantine(self) -> dict[int, Post]:
@@ -100,58 +98,36 @@ class Mover:
     # --- peers ------------------------------------------------------------------------------------
 
     def connect(self, peer: PeerInfo) -> None:
-        """Make a peer readable, at the pace of its profile when that is emulated."""
+        """Make a peer readable. Raises TransportError."""
         if self._backend is None:
             raise TransportError(
                 "this engine reads files only", remedy="give it a backend to read peers"
             )
         self._backend.connect(peer)
-        link = self._link(peer.name)
-        if link.peer == peer:
-            return
-        link.peer = peer
-        if peer.link is None or not peer.link.emulated:
-            link.set_pace(self._own_pacers, profile_rate=0)
-            return
-        page = PacePage.open(peer.pace, peer.name)
-        pacer = Pacer(peer.link, time_scale=self._time_scale, page=page)
-        rate = int(peer.link.bandwidth_bytes_per_s / self._time_scale)
-        link.set_pace((pacer, *self._own_pacers), profile_rate=rate)
+        self._links.connect(peer)
 
     def disconnect(self, name: str) -> None:
         """Forget a peer; queued reads from it will fail, posted ones go on."""
         if self._backend is not None:
             self._backend.disconnect(name)
-        link = self._links.get(name)
-        if link is not None:
-            link.peer = None
-            self._forget_if_idle(link)
-
-    def _link(self, name: str) -> Link:
-        link = self._links.get(name)
-        if link is None:
-            link = self._links[name] = Link(name)
-        return link
-
-    def _forget_if_idle(self, link: Link) -> None:
-        if link.peer is None and link.idle and not link.is_files:
-            self._links.pop(link.name, None)
+        self._links.disconnect(name)
 
     # --- from outside -----------------------------------------------------------------------------
 
     def add(self, job: Job) -> None:
         """Take a job on; its slots are FILLING."""
-        job.results = [None] * len(job.items)
         job.open_tracks = len(job.items)
+        job.results = [None] * job.open_tracks
+        job.tracks = tracks = []
         self.jobs[job.ticket] = job
-        self._deadlines.add(job)
+        self._fresh.append(job)
         if not job.items:
             self.job_ended(job)
             return
-        link = self._link(job.peer)
+        link = self._links.get(job.peer)
         for index, item in enumerate(job.items):
             track = Track(job, index, item)
-            job.tracks.append(track)
+            tracks.append(track)
             if isinstance(item, ReadItem):
                 track.rest = item.others
                 if item.follow or item.stream or item.stripe:
@@ -206,20 +182,29 @@ class Mover:
     def step(self) -> int | None:
         """Do what is due. Returns ns until the next turn: 0 at once, None when a message wakes."""
         now = time.monotonic_ns()
-        while (late := self._deadlines.late(now)) is not None:  # first: what is late is not posted
-            self._give_up(late, Status.TIMED_OUT, "the deadline passed")
-        posted = self._post_next()
+        self._expire(now)  # first: what is late is not posted
+        link = self._links.next(now)
+        if link is not None:
+            self._post(link)
         ended = self._flights.poll()
+        for job in self._fresh:
+            if job.open_tracks:  # small reads end before it costs anything to watch them
+                self._deadlines.add(job)
+        self._fresh.clear()
         now = time.monotonic_ns()
         ran = self._timers.run(now)
-        if posted:
+        if link is not None:
             self._flights.last_progress_ns = now
-        if (posted or ended or ran) and self._has_queued():  # each may have made room
+        if (
+            link is not None or ended or ran
+        ) and self._links.has_queued():  # each may have made room
             return 0
         return self._rest(now)
 
-    def _has_queued(self) -> bool:
-        return any(link.head() is not None for link in self._links.values())
+    def _expire(self, now: int) -> None:
+        fresh = [job for job in self._fresh if job.deadline_ns <= now]
+        while (late := fresh.pop() if fresh else self._deadlines.late(now)) is not None:
+            self._give_up(late, Status.TIMED_OUT, "the deadline passed")
 
     def _rest(self, now: int) -> int | None:
         late = self._deadlines.next_ns()
@@ -227,8 +212,8 @@ class Mover:
         poll = self._flights.rest_ns(now)
         if poll is not None:
             first.append(now + poll)
-        if self._link_free_ns:
-            first.append(self._link_free_ns)
+        if self._links.free_ns:
+            first.append(self._links.free_ns)
         due = self._timers.next_ns()
         if due is not None:
             first.append(due)
@@ -247,33 +232,7 @@ class Mover:
         if track.pieces is not None:
             track.pieces.known.update(dict.fromkeys(names, 0))
         for name in names:
-            self._link(name).push(track)
-
-    def _post_next(self) -> bool:
-        """Post the most urgent piece whose link has credits. True when there may be more to do.
-
-        So a demand read waits for at most one piece of a prefetch that came before it.
-        """
-        now = time.monotonic_ns()
-        best: Link | None = None
-        best_order: tuple[int, ...] = ()
-        self._link_free_ns = 0
-        for link in self._links.values():
-            head = link.head()
-            if head is None or not link.has_room(head[0]):
-                continue
-            if link.pacers and (wait := link.wait_ns(now, imminent=head[0] == 0)):
-                self._link_free_ns = min(self._link_free_ns or now + wait, now + wait)
-                continue
-            order = (*head[:4], link.last_post)  # stripes take turns
-            if best is None or order < best_order:
-                best, best_order = link, order
-        if best is None:
-            return False
-        self._turns += 1
-        best.last_post = self._turns
-        self._post(best)
-        return True
+            self._links.get(name).push(track)
 
     def _post(self, link: Link) -> None:
         track = link.pop()
@@ -283,7 +242,7 @@ class Mover:
             self._arrivals.end(track, Status.FAILED, "this engine has no storage reader")
         elif error := link.unreadable(track):
             self._lose(track, link.name, Status.FAILED, error)
-            self._forget_if_idle(link)
+            self._links.forget_if_idle(link)
         elif link.is_small(track):
             group = [t for t in link.pop_group(track) if t is track or self._check_range(t, link)]
             nbytes = sum(t.item.expect.nbytes for t in group)
@@ -409,10 +368,11 @@ class Mover:
             for track in alive:
                 self._looked(post, track)
             return
-        alone = self._flights.empty and not self._has_queued()
+        small = post.nbytes <= INLINE_BYTES
+        alone = small or (self._flights.empty and not self._links.has_queued())
         if post.pieces is None:
             if alive:
-                self._arrivals.slots_landed(alive, peer, nbytes=post.nbytes, alone=alone)
+                self._arrivals.slots_landed(alive, peer, alone=alone)
             return
         post.pieces.landed(post.begin, post.end)
         for track in alive:
@@ -435,7 +395,7 @@ class Mover:
         """Nothing of a post can land any more."""
         if post.cell >= 0:
             self._looks.put_back(post)
-        self._forget_if_idle(post.link)
+        self._links.forget_if_idle(post.link)
 
     # --- failures ---------------------------------------------------------------------------------
 
@@ -459,7 +419,7 @@ class Mover:
         if pieces is not None and pieces.bare:
             pieces.known.pop(peer, None)
             for name in pieces.known:
-                self._link(name).push(track)
+                self._links.get(name).push(track)
             if pieces.known:
                 return
         self._advance(track, status, error, keep=pieces is not None and pieces.bare, peer=peer)
@@ -488,7 +448,6 @@ class Mover:
     def job_ended(self, job: Job) -> None:
         """Tell the caller; every item has its result."""
         del self.jobs[job.ticket]
-        self._deadlines.ended()
         job.tracks.clear()  # they know the job: no cycle is left for the garbage collector
         job.ticket._finish(job.outcome(now_ns=time.monotonic_ns()))  # noqa: SLF001 - its other half
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -38,8 +38,12 @@ class _Metadata(msgspec.Struct, frozen=True, array_like=True):
     shm: bytes
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+_METADATA: Final = msgspec.msgpack.Decoder(_Metadata)
+
+
 class NodeBackend(Backend):
-    """Shared memory within the host, NIXL between hosts. Called by one thread only."""
+    """Shared memory within the host, NIXL between hosts. Called by one thread at a time."""
 
     name = "node"
     error_grace_ns = NixlBackend.error_grace_ns
@@ -159,7 +163,7 @@ class NodeBackend(Backend):
 
 def _decode(peer: PeerInfo) -> _Metadata:
     try:
-        return msgspec.msgpack.decode(peer.backend_metadata, type=_Metadata)
+        return _METADATA.decode(peer.backend_metadata)
     except msgspec.DecodeError as error:
         raise TransportError(
             f"the metadata of {peer.name!r} is damaged ({error})",

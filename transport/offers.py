@@ -52,6 +52,11 @@ class _Answer(msgspec.Struct, frozen=True, array_like=True):
     generation: int
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+_MESSAGE: Final = msgspec.msgpack.Decoder(_Message)
+_ANSWER: Final = msgspec.msgpack.Decoder(_Answer)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
     """How an offer ended. On DONE, `generation` is that of the copy at the destination."""
@@ -87,7 +92,7 @@ def push(  # noqa: PLR0913 - what is offered, to whom, until when; all by keywor
         reply = offer(
             to, msgspec.msgpack.encode(message), token=token, timeout_ns=left_ns, wanted=wanted
         )
-        answer = msgspec.msgpack.decode(reply, type=_Answer)
+        answer = _ANSWER.decode(reply)
     except TransferTimeout as error:
         return Pushed(status=Status.TIMED_OUT, error=str(error))
     except (TransportError, msgspec.DecodeError) as error:
@@ -124,7 +129,7 @@ class Offers:
         """Pull what is offered and answer how that ended; the `on_offer` of an `Exchange`."""
         start_ns = time.monotonic_ns()
         try:
-            asked = msgspec.msgpack.decode(message, type=_Message)
+            asked = _MESSAGE.decode(message)
             check(asked.info, self._token)
         except msgspec.DecodeError as error:
             answer = _Answer(Status.FAILED, f"the offer is damaged ({error})", 0, 0)

@@ -36,6 +36,10 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+_PLACE: Final = msgspec.msgpack.Decoder(Place)
+
+
 def boot_id() -> str:
     """Name of this boot of this machine; the same in all its containers."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -71,7 +75,7 @@ def describe_memory(fd: int) -> bytes:
 def decode_place(description: bytes, name: str) -> Place:
     """Read a description of store `name`. Raises TransportError when it is damaged."""
     try:
-        return msgspec.msgpack.decode(description, type=Place)
+        return _PLACE.decode(description)
     except msgspec.DecodeError as error:
         raise TransportError(
             f"the shared-memory metadata of {name!r} is damaged ({error})",

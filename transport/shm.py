@@ -50,7 +50,7 @@ class _Peer:
 
 
 class ShmBackend(Backend):
-    """Copies out of mapped slabs of this host's peers. Called by one thread only."""
+    """Copies out of mapped slabs of this host's peers. Called by one thread at a time."""
 
     name = "shm"
 

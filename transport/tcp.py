@@ -48,6 +48,10 @@ class _Place(msgspec.Struct, frozen=True, array_like=True):
     port: int
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+_PLACE: Final = msgspec.msgpack.Decoder(_Place)
+
+
 @dataclass(slots=True)
 class _Peer:
     info: PeerInfo
@@ -55,7 +59,7 @@ class _Peer:
 
 
 class TcpBackend(Backend):
-    """One store's listener and its connections to peers. Called by one thread only."""
+    """One store's listener and its connections to peers. Called by one thread at a time."""
 
     name = "tcp"
     notifies = True
@@ -216,7 +220,7 @@ def _nobody() -> None:
 
 def _decode(peer: PeerInfo) -> _Place:
     try:
-        place = msgspec.msgpack.decode(peer.backend_metadata, type=_Place)
+        place = _PLACE.decode(peer.backend_metadata)
     except msgspec.DecodeError as error:
         raise TransportError(
             f"the metadata of {peer.name!r} is damaged ({error})",

@@ -48,19 +48,15 @@ class Deadlines:
     def __init__(self) -> None:
         """Start with no job."""
         self._heap: list[tuple[int, int, Job]] = []
-        self._running = 0
+        self._sweep_at = MOST_ENDED
 
     def add(self, job: Job) -> None:
         """Follow a job until it has ended."""
-        self._running += 1
-        if len(self._heap) > 2 * self._running + MOST_ENDED:
+        if len(self._heap) >= self._sweep_at:
             self._heap = [entry for entry in self._heap if entry[2].open_tracks]
             heapq.heapify(self._heap)
+            self._sweep_at = 2 * len(self._heap) + MOST_ENDED
         heapq.heappush(self._heap, (job.deadline_ns, job.ticket.transfer_id, job))
-
-    def ended(self) -> None:
-        """One of the jobs has ended."""
-        self._running -= 1
 
     def next_ns(self) -> int | None:
         """The earliest deadline of a job that runs."""

@@ -56,8 +56,12 @@ class _Door(msgspec.Struct, frozen=True, array_like=True, tag="ucx 1"):
     port: int
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+_DOOR: Final = msgspec.msgpack.Decoder(_Door)
+
+
 class UcxBackend(Backend):
-    """One UCX worker for one slab. Called by one thread only."""
+    """One UCX worker for one slab. Called by one thread at a time."""
 
     name = "ucx"
 
@@ -123,7 +127,7 @@ class UcxBackend(Backend):
             raise other_backend(peer, self.name)
         refuse_older(peer, known)
         try:
-            door = msgspec.msgpack.decode(peer.backend_metadata, type=_Door)
+            door = _DOOR.decode(peer.backend_metadata)
         except msgspec.DecodeError as error:
             raise TransportError(
                 f"the metadata of {peer.name!r} is damaged ({error})",

@@ -86,6 +86,11 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     reason: str
 
 
+# Made at import: msgspec crashes when two threads meet a type for the first time.
+for _kind in (Hello, Challenge, Answer, Get, Refusal):
+    msgspec.msgpack.Decoder(_kind)
+
+
 def hello(*, name: str, incarnation: int, tag: int = 0) -> bytes:
     """The reader's first frame."""
     nonce = secrets.token_bytes(_NONCE_BYTES)
