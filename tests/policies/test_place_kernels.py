@@ -1,0 +1,125 @@
+"""The planner's kernels: compiled and plain forms choose alike, and books agree with slots."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotset.policies import planner_kernels, planner_layers, planner_scans
+from hotset.policies.place import plan
+from hotset.policies.planner_kernels import Fleet, Layer
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def layer_of(seed: int, *, devices: int, width: int, experts: int, spread: int) -> tuple[Any, Any]:
+    """A packed layer under a shifted load, with prices."""
+    rng = np.random.default_rng(seed)
+    nodes = 2 if devices % 2 == 0 else 1
+    speed = rng.choice([1.0, 2.0], devices) if seed % 3 == 0 else np.ones(devices)
+    fleet = Fleet(
+        node=np.arange(devices) * nodes // devices,
+        pace=speed.sum() / speed,
+        room=np.full(devices, np.inf),
+        num_nodes=nodes,
+        width=width,
+        twice=-(-width // experts),
+        spread=min(spread, nodes),
+    )
+    load = rng.lognormal(0, 1, experts)
+    slot = np.full(devices * width, -1, dtype=np.int64)
+    home = np.full(experts, -1)
+    layer = planner_layers.blank(load / load.sum(), np.ones(experts), slot, home, fleet, True)
+    count = np.ones(experts, dtype=np.int64)
+    most = devices * fleet.twice
+    planner_kernels.replicate(layer.load, devices * width - experts, most, 0.0, False, count)
+    planner_layers.pack(layer, fleet, count, False)
+    planner_layers.price_copies(layer, fleet, planner_layers.Prices(1.0, 0.5, 0.0))
+    shifted = load * rng.lognormal(0, 0.3, experts)
+    layer = layer._replace(load=shifted / shifted.sum())
+    planner_kernels.settle(layer, fleet)
+    return layer, fleet
+
+
+shapes = st.tuples(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 5), st.integers(1, 3))
+
+
+@pytest.mark.skipif(not planner_kernels.COMPILED, reason="numba is not installed")
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.floats(1.0, 1.5), st.sampled_from([0.0, 3.0]))
+def test_both_scans_choose_alike(
+    shape: tuple[int, int, int, int], goal: float, price: float
+) -> None:
+    seed, devices, width, spread = shape
+    experts = max(2, devices * width - seed % (devices * width))
+    layer, fleet = layer_of(seed, devices=devices, width=width, experts=experts, spread=spread)
+    hot = int(layer.time.argmax())
+    for name in ("scan_swaps", "scan_overwrites"):
+        compiled = getattr(planner_kernels, name)(layer, fleet, hot, goal, price)
+        plain = getattr(planner_scans, name)(layer, fleet, hot, goal, price)
+        assert compiled[1:] == plain[1:]
+        assert compiled[0] == pytest.approx(plain[0], rel=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes)
+def test_books_agree_with_slots_after_any_writes(shape: tuple[int, int, int, int]) -> None:
+    seed, devices, width, spread = shape
+    experts = max(2, devices * width // 2)
+    layer, fleet = layer_of(seed, devices=devices, width=width, experts=experts, spread=spread)
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        at = int(rng.integers(layer.slot.shape[0]))
+        planner_kernels.write(layer, fleet, at, int(rng.integers(-1, experts)))
+    fresh: Layer = layer._replace(
+        count=layer.count.copy(), hold=layer.hold.copy(), time=layer.time.copy(),
+        used=layer.used.copy(), on_node=layer.on_node.copy(),
+    )  # fmt: skip
+    planner_kernels.settle(fresh, fleet)
+    for name in ("count", "hold", "on_node"):
+        assert (getattr(layer, name) == getattr(fresh, name)).all()
+    assert np.allclose(layer.time, fresh.time)
+    assert np.allclose(layer.used, fresh.used)
+
+
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A second copy of the planner that finds no numba."""
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for name in ("planner_kernels", "planner_layers", "place"):
+        full = f"hotset.policies.{name}"
+        spec = importlib.util.find_spec(full)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, full, module)
+        monkeypatch.setattr(f"hotset.policies.{name}", module)
+        spec.loader.exec_module(module)
+    return sys.modules["hotset.policies.place"]
+
+
+@pytest.mark.skipif(not planner_kernels.COMPILED, reason="numba is not installed")
+def test_plans_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    cases: list[dict[str, Any]] = [
+        {"num_devices": 8, "num_slots": 40, "num_nodes": 2},
+        {"num_devices": 16, "num_slots": 32, "num_nodes": 4, "spread_nodes": 2},
+        {"num_devices": 8, "num_slots": 40, "num_nodes": 2, "groups": 4, "speed": [1, 2] * 4},
+    ]
+    load = rng.lognormal(0, 1, (2, 24))
+    drift = load * rng.lognormal(0, 0.1, load.shape)
+    fast = [plan(load, **case) for case in cases]
+    fast_next = [plan(drift, current=p, **c) for p, c in zip(fast, cases, strict=True)]
+    slow = without_numba(monkeypatch)
+    assert not sys.modules["hotset.policies.planner_kernels"].COMPILED
+    for case, one, two in zip(cases, fast, fast_next, strict=True):
+        again = slow.plan(load, **case)
+        assert (again.physical_to_logical_map == one.physical_to_logical_map).all()
+        later = slow.plan(drift, current=one, **case)
+        assert (later.physical_to_logical_map == two.physical_to_logical_map).all()
