@@ -30,7 +30,8 @@ check: $(STAMP) ## format, lint, types and pure tests: under 2 minutes
 
 test: check ## everything: pure tests, then transport between processes, then Ray
 	$(BIN)/python -m pytest -q -m "nixl and not ray"
-	$(BIN)/python -m pytest -q -m "ray or (slow and not nixl)"
+	$(BIN)/python -m pytest -q -m "slow and not nixl and not ray"
+	$(BIN)/python -m pytest -q -m "ray"
 
 bench: $(STAMP) ## tokens/s against transformers in full memory and under a memory limit
 	@$(BIN)/python -m hotset bench serve

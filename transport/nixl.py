@@ -47,6 +47,8 @@ UCX_DEFAULTS: Final = {
 }
 _REMEDY: Final = "pip install nixl"
 _WHEELS: Final = ("nixl_cu13", "nixl_cu12")
+NIXL_MODULES: Final = tuple(f"{name}._bindings" for name in ("nixl", *_WHEELS))
+_OTHER_UCX: Final = ("ucxx", "ucp")
 
 _Descriptor = tuple[int, int, int]  # address, bytes, device: NIXL's own form
 
@@ -57,6 +59,11 @@ def _bindings(*, device: str) -> Any:
     `import nixl` chooses the wheel that fits CUDA and imports torch to find out (1 s, 250 MB). A
     store in host memory needs no CUDA, so there the first wheel that is installed will do.
     """
+    if any(name in sys.modules for name in _OTHER_UCX):  # two UCX in one process crash
+        raise DependencyError(
+            "NIXL cannot be used in a process that has loaded ucxx or ucx-py",
+            remedy="use NIXL and ucx in processes of their own",
+        )
     for name, value in UCX_DEFAULTS.items():
         os.environ.setdefault(name, value)
     if device == "cpu" and "nixl" not in sys.modules:

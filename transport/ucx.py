@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from hotset.errors import DependencyError, HotsetError, PeerGoneError, TransportError
+from hotset.errors import HotsetError, PeerGoneError, TransportError
 from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
 from hotset.transport.listener import check_host
 from hotset.transport.nixl import merge
-from hotset.transport.ucx_bindings import CONFIG, choose
+from hotset.transport.ucx_bindings import CONFIG, choose, why_not
 from hotset.transport.ucx_read import Read, Reads
 from hotset.transport.ucx_serve import Server
 
@@ -83,11 +83,7 @@ class UcxBackend(Backend):
     @staticmethod
     def available() -> str:
         """'' when a binding of UCX can be used here, else the reason with its remedy."""
-        try:
-            choose()
-        except DependencyError as error:
-            return str(error)
-        return ""
+        return why_not()
 
     def register(self, slab: Slab) -> None:
         """Start UCX and listen. Raises DependencyError, TransportError."""

@@ -20,17 +20,20 @@ done (UCX does not); nothing here blocks but `close` of an endpoint, for a bound
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import secrets
+import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hotset.errors import DependencyError
-from hotset.transport.nixl import UCX_DEFAULTS
+from hotset.transport.nixl import NIXL_MODULES, UCX_DEFAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+_APART: Final = "use NIXL and ucx in processes of their own"
 REMEDY: Final = "pip install ucxx-cu12"
 CONFIG: Final = {
     "RNDV_THRESH": "4k",  # UCX never ends a receive whose eager message broke off in the middle
@@ -299,12 +302,30 @@ class _Ucp(Bindings):
 _KINDS: Final[tuple[tuple[str, Opener], ...]] = (("ucxx", _Ucxx), ("ucp", _Ucp))
 
 
+def _nixl_is_here() -> bool:
+    return any(name in sys.modules for name in NIXL_MODULES)
+
+
+def why_not() -> str:
+    """Why no binding of UCX can be used in this process; '' when one can. Imports nothing.
+
+    NIXL's wheel brings a UCX of its own. With both loaded, the death of a peer crashes the process.
+    """
+    if _nixl_is_here():
+        return f"NIXL is loaded in this process: {_APART}"
+    if not any(importlib.util.find_spec(package) for package, _ in _KINDS):
+        return f"no binding of UCX is installed: {REMEDY}"
+    return ""
+
+
 def choose() -> Opener:
     """Import the first binding that is installed and say how to open it.
 
     UCX's defaults are set first, because it reads its environment when it is loaded. Raises
     DependencyError when none can be imported.
     """
+    if _nixl_is_here():
+        raise DependencyError("NIXL is loaded in this process", remedy=_APART)
     for name, value in (UCX_DEFAULTS | _QUIET).items():
         os.environ.setdefault(name, value)
     reasons = []

@@ -38,6 +38,13 @@ CANARY = 0x22
 needs_ucx = pytest.mark.skipif(bool(UcxBackend.available()), reason=UcxBackend.available())
 
 
+@pytest.fixture(autouse=True)
+def _no_other_ucx() -> None:
+    """Tests of NIXL in the same process leave a second UCX behind."""
+    if reason := UcxBackend.available():
+        pytest.skip(reason)
+
+
 def until(condition: Callable[[], bool], *, seconds: float = 10.0) -> bool:
     """Whether `condition` comes true before the deadline."""
     end, tick = time.monotonic() + seconds, threading.Event()

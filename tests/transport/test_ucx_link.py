@@ -23,6 +23,12 @@ def _slab() -> Slab:
     return Slab(capacity_bytes=1 << 20, slot_payload_bytes=4096, name="sink", incarnation=1)
 
 
+@pytest.fixture(autouse=True)
+def _no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of NIXL in the same process leave it loaded; nothing here loads a second UCX."""
+    monkeypatch.setattr(ucx_bindings, "_nixl_is_here", lambda: False)
+
+
 def test_the_first_binding_that_imports_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
