@@ -270,7 +270,9 @@ class Storage:
         ]
         deadline_ns = time.monotonic_ns() + READ_S * 10**9
         return time_engine(
-            self._slab, lambda ready: self._engine.read_files(ready, deadline_ns=deadline_ns), items
+            self._slab,
+            lambda ready: self._engine.read_files(ready, deadline_ns=deadline_ns).wait(),
+            items,
         )
 
     def close(self) -> None:
