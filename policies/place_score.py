@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from hotset.policies.place_types import Floats, Ints
 
 
@@ -78,13 +80,26 @@ def move_table(slots: Ints, current: Ints, *, num_devices: int, node: Ints) -> t
     key = (layer * num_devices + device) * (int(slots.max(initial=0)) + 1) + expert
     first = np.sort(np.unique(key, return_index=True)[1])
     layer, slot, expert, device = layer[first], slot[first], expert[first], device[first]
-    holders = current[layer] == expert[:, None]
-    near = holders & (np.repeat(node, width)[None, :] == node[device][:, None])
-    local = near.any(axis=1)
-    source = np.where(local, near.argmax(axis=1), holders.argmax(axis=1))
-    source = np.where(holders.any(axis=1), source, -1)
+    source, local = _sources(current, layer, expert, node[device], width=width, node=node)
     table = np.stack([layer, slot, expert, source], axis=1).astype(np.int64)
     return table, int((~local).sum())
+
+
+def _sources(  # noqa: PLR0913 - columns of one table
+    current: Ints, layer: Ints, expert: Ints, home: Ints, *, width: int, node: Ints
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """A slot that holds each expert now, best on node `home`: (slot or -1, on the node)."""
+    source = np.full(len(layer), -1, dtype=np.int64)
+    local = np.zeros(len(layer), dtype=np.bool_)
+    where = np.repeat(node, width)
+    for index in np.unique(layer):
+        rows = np.flatnonzero(layer == index)
+        holders = current[index][None, :] == expert[rows][:, None]
+        near = holders & (where[None, :] == home[rows][:, None])
+        local[rows] = near.any(axis=1)
+        found = np.where(local[rows], near.argmax(axis=1), holders.argmax(axis=1))
+        source[rows] = np.where(holders.any(axis=1), found, -1)
+    return source, local
 
 
 def bound_hottest(load: Floats, *, num_slots: int, num_devices: int) -> Floats:

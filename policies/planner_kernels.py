@@ -13,7 +13,7 @@ Invariants: `count`, `hold`, `on_node`, `time` and `used` agree with `slot` afte
 expert keeps a copy; no device goes over its bytes or holds an expert more than `twice` times.
 """
 
-# ruff: noqa: C901, FBT001, PLR0912, PLR0913, PLR0917 - numba has no keyword-only
+# ruff: noqa: C901, FBT001, PLR0912, PLR0913, PLR0915, PLR0917 - numba has no keyword-only
 # arguments, and a call that hands over a whole layer costs more than the loop around it
 
 from __future__ import annotations
@@ -245,12 +245,23 @@ def scan_swaps(
             continue
         now, pace_there = time[device], pace[device]
         most = (top - now) * pace_hot / (pace_hot + pace_there)
-        if most <= LEAST_DROP or (top - goal) + BEYOND * most <= best * CAUTION:
+        most_score = (top - goal) + BEYOND * most
+        if most <= LEAST_DROP or most_score <= best * CAUTION:
             continue
+        back = 0.0  # least price of what `hot` would take from here
+        if price > 0.0:
+            back = np.inf
+            for to in range(device * width, device * width + width):
+                if slot[to] >= 0:
+                    back = min(back, cost[hot, slot[to]] - cost[device, slot[to]])
         for at in range(hot * width, hot * width + width):
             one = slot[at]
             if one < 0 or hold[device, one] >= twice:
                 continue
+            if price > 0.0:
+                least = max(cost[device, one] - cost[hot, one] + back, 0.0)
+                if most_score / (1.0 + price * least) <= best * CAUTION:
+                    continue
             for to in range(device * width, device * width + width):
                 two = slot[to]
                 if two < 0:

@@ -33,8 +33,10 @@ from hotset.policies.planner_scans import FORBIDDEN
 FINE_GOAL = 1.0003
 """Time of the slowest device at which a plan from scratch is good enough to stop."""
 RETRY_ABOVE = 1.003
+REPACK_ABOVE = 1.005
 RETRY_PAIRS_ABOVE = 1.028
-"""Over the bound times this, a plan from scratch is tried again with other replica counts.
+"""Over the bound times this, a plan from scratch is tried again: with other replica counts, or
+packed again with those that search found.
 
 Two slots on a device leave few ways to fill it up, so less is asked there.
 """
@@ -329,7 +331,7 @@ def fresh_layer(layer: Layer, fleet: Fleet, slots: Ints, least: int, price: floa
             if missing < best_missing or (missing == best_missing and peak < best_peak):
                 best[:] = layer.slot
                 best_peak, best_missing = peak, missing
-            if best_peak <= floor * RETRY_ABOVE or peak > last - WORTH_PACKING:
+            if best_peak <= floor * REPACK_ABOVE or peak > last - WORTH_PACKING:
                 break
             last = peak
             count = np.maximum(layer.count, 1)

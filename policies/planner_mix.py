@@ -8,7 +8,7 @@ Compiled like the kernels.
 Invariants: balance stays under the limit; the number of connected sets never grows.
 """
 
-# ruff: noqa: PLR0913, PLR0917 - numba has no keyword-only
+# ruff: noqa: C901, PLR0913, PLR0917 - numba has no keyword-only
 # arguments, and a call that hands over a whole layer costs more than the loop around it
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def _bridges(layer: Layer, fleet: Fleet, label: Ints, small: int, limit: float) 
     found = np.full((TRIES, 2), -1, dtype=np.int64)
     worth = np.full(TRIES, np.inf)
     width = fleet.width
+    inside = np.flatnonzero(label == small)
     for to in range(layer.slot.shape[0]):
         shared, there = layer.slot[to], to // width
         if shared < 0 or layer.count[shared] < 2 or label[there] == small:
             continue
-        for at in range(layer.slot.shape[0]):
-            here = at // width
-            if label[here] != small:
-                continue
+        for index in range(inside.shape[0] * width):
+            here = inside[index // width]
+            at = here * width + index % width
             own = layer.slot[at]
             if own < 0 or layer.count[own] > 1 or layer.hold[here, shared] > 0:
                 continue
@@ -103,6 +103,8 @@ def mix_layer(layer: Layer, fleet: Fleet, log: Log) -> None:
     label = np.zeros(fleet.node.shape[0], dtype=np.int64)
     limit = max(layer.time.max(), SLACK)
     sets = components(layer, fleet, label)
+    if sets == 1:
+        return
     done = np.zeros(label.shape[0], dtype=np.int64)
     while sets > 1:
         sizes = np.bincount(label, minlength=label.shape[0])

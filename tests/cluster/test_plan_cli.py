@@ -1,0 +1,108 @@
+"""`hotset plan` and `hotset bench planner`: files in, figures out, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from hotset.cluster import cli
+from hotset.cluster.bench_planner import Case, make_load, measure
+from hotset.policies.place import plan
+
+SIZE = ("--devices", "4", "--slots", "20", "--nodes", "2")
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Path:
+    path = tmp_path / "load.npz"
+    np.savez(path, load=np.random.default_rng(0).lognormal(0, 1, (3, 16)), other=np.zeros(2))
+    return path
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli.main, ["plan", *map(str, arguments)])
+
+
+def test_a_plan_is_written_read_and_kept(load: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    first = run("--load", load, *SIZE, "--out", out)
+    assert first.exit_code == 0, first.output
+    assert "balancedness" in first.output
+    again = run("--load", load, *SIZE, "--current", out, "--json")
+    found = json.loads(again.output)
+    assert found["moves"] == 0
+    assert (
+        found["physical_to_logical_map"] == json.loads(out.read_text())["physical_to_logical_map"]
+    )
+    assert np.shape(found["shares"]) == (3, 20)
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_picture_is_drawn(load: Path, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plan.{ending}"
+    assert run("--load", load, *SIZE, "--plot", path).exit_code == 0
+    assert path.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--slots", "21"), "num_slots"),
+        (("--array", "none"), "--array"),
+        (("--array", "other"), "load must be"),
+        (("--target", "2"), "target"),
+        (("--risk", "-1"), "risk"),
+        (("--plot", "plan.gif"), ".svg or .png"),
+    ],
+)
+def test_errors_are_one_line_with_a_remedy(load: Path, change: tuple[str, ...], said: str) -> None:
+    result = run("--load", load, *SIZE, *change)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_no_plan_is_refused(load: Path) -> None:
+    result = run("--load", load, *SIZE, "--current", load)
+    assert result.exit_code == 2
+    assert "hotset plan --out" in result.output
+
+
+def test_the_benchmark_measures_a_case_and_beats_the_greedy_planner() -> None:
+    case = Case(
+        layers=4, experts=64, slots=80, devices=8, nodes=2, load="lognormal", floors=(0.98,)
+    )
+    rows = {row.what.strip(): row for row in measure(case, make_load(case, None), repeat=1)}
+    assert rows["hotset, from nothing"].balancedness > rows["greedy, hierarchical"].balancedness
+    kept, again = rows["after drift, defaults"], rows["greedy, planned again after drift"]
+    assert kept.moved_ratio is not None
+    assert again.moved_ratio is not None
+    assert kept.moved_ratio < again.moved_ratio
+    assert kept.balancedness > again.balancedness
+
+
+def test_recorded_load_is_balanced_and_stays_so() -> None:
+    folder = os.environ.get("HOTSET_DATA")
+    if not folder:
+        pytest.skip("HOTSET_DATA is not set: no recorded load")
+    case = Case(layers=58, experts=256, slots=288, devices=32, nodes=4, load="real")
+    load = make_load(case, Path(folder))
+    if load is None:
+        pytest.skip("HOTSET_DATA has no loads/deepseek_v3_0324.npz")
+    size = {"num_devices": 32, "num_slots": 288, "num_nodes": 4}
+    first = plan(load, **size)
+    assert first.balancedness >= 0.999
+    drifted = load * np.random.default_rng(1).lognormal(0, 0.05, load.shape)
+    kept = plan(drifted, current=first, **size)
+    assert kept.balancedness >= 0.975
+    assert kept.moved_ratio <= 0.03
+    closer = plan(drifted, current=first, target=0.99, **size)
+    assert closer.balancedness >= 0.99
+    assert closer.moved_ratio <= 0.12
