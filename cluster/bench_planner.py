@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from statistics import median
@@ -50,22 +52,25 @@ class Case:
         return f"{self.layers}x{self.experts} {self.slots}/{self.devices}/{self.nodes} {self.load}"
 
 
+def _case(shape: str, load: str, *floors: float) -> Case:
+    """Case from `layers x experts / slots / devices / nodes`."""
+    layers, experts, slots, devices, nodes = (int(part) for part in re.split("[x/]", shape))
+    return Case(
+        layers=layers, experts=experts, slots=slots, devices=devices, nodes=nodes, load=load,
+        floors=floors or (0.975, 0.99),
+    )  # fmt: skip
+
+
 def _cases(*, quick: bool) -> list[Case]:
-    big = {"layers": 58, "experts": 256, "nodes": 4, "slots": 288, "devices": 32}
-    found = [Case(**big, load=name) for name in ("real", "lognormal", "zipf-1.0", "zipf-1.2")]
+    loads = ("real", "lognormal") if quick else ("real", "lognormal", "zipf-1.0", "zipf-1.2")
+    found = [_case("58x256/288/32/4", load) for load in loads]
     if quick:
-        return found[:2]
-    wide = {"layers": 58, "experts": 256, "devices": 320, "nodes": 40, "load": "real"}
-    found += [Case(**wide, slots=320), Case(**wide, slots=640)]
-    for name in ("lognormal", "zipf-1.2"):
-        found.append(Case(layers=94, experts=128, slots=160, devices=32, nodes=4, load=name))
-    for name in ("lognormal", "zipf-1.2"):
-        found.append(Case(layers=60, experts=384, slots=448, devices=64, nodes=8, load=name))
-    for devices in (100, 300, 1000):
-        found.append(
-            Case(layers=60, experts=256, slots=4 * devices, devices=devices,
-                 nodes=devices // 10, load="lognormal", floors=(0.975,))
-        )  # fmt: skip
+        return found
+    found += [_case("58x256/320/320/40", "real"), _case("58x256/640/320/40", "real")]
+    for shape in ("94x128/160/32/4", "60x384/448/64/8"):
+        found += [_case(shape, load) for load in ("lognormal", "zipf-1.2")]
+    for devices in (100, 300, 1000):  # the cost curve
+        found.append(_case(f"60x256/{4 * devices}/{devices}/{devices // 10}", "lognormal", 0.975))
     return found
 
 
@@ -110,7 +115,11 @@ def _timed(what: Callable[[], Any], *, repeat: int) -> tuple[Any, list[float]]:
 
 def measure(case: Case, load: Any, *, repeat: int) -> list[Row]:
     """All rows of a case: bounds, the greedy planner, hotset from nothing and after a drift."""
-    size = {"num_devices": case.devices, "num_slots": case.slots, "num_nodes": case.nodes}
+    size: dict[str, Any] = {
+        "num_devices": case.devices,
+        "num_slots": case.slots,
+        "num_nodes": case.nodes,
+    }
     speed = np.ones(case.devices)
     rows: list[Row] = []
 
@@ -164,8 +173,7 @@ def measure(case: Case, load: Any, *, repeat: int) -> list[Row]:
     add("  after drift, defaults", found.balancedness, found.moved_ratio, rounds)
     for target in case.floors:
         found, rounds = _timed(
-            lambda target=target: plan(drifted, current=first, target=target, **size),
-            repeat=repeat,
+            partial(plan, drifted, current=first, target=target, **size), repeat=repeat
         )
         name = f"  after drift, target {target:g}"
         add(name, found.balancedness, found.moved_ratio, rounds)
@@ -199,7 +207,7 @@ def stream_rows(data: Path | None) -> list[Row]:
 
 
 def _follow(case: str, windows: list[Any]) -> list[Row]:
-    size = {"num_devices": 8, "num_slots": 72}
+    size: dict[str, Any] = {"num_devices": 8, "num_slots": 72}
     speed = np.ones(8)
     current = plan(windows[0], **size)
     seen = windows[0]

@@ -130,7 +130,7 @@ def draw(placement: Placement, current: Any, path: Path) -> None:
         2, len(panels), figsize=(5.5 * len(panels), 6), squeeze=False, layout="constrained",
         height_ratios=(2, 1), sharey="row",
     )  # fmt: skip
-    image = None
+    image: Any = None
     for column, (title, found) in enumerate(panels):
         image = rows[0][column].imshow(
             found, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest"
