@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from hotset import __version__
+from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.errors import HotsetError
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-moe"
@@ -246,6 +247,9 @@ def why(block: str, address: str, run: str | None, *, as_json: bool) -> None:
     click.echo(show(wanted, story=story, copies=copies))
 
 
+main.add_command(plan_command)
+
+
 @main.group()
 def trace() -> None:
     """Read recorded traces."""
@@ -345,6 +349,8 @@ def doctor(*, as_json: bool) -> None:
             click.echo(found.line())
     sys.exit(0 if good else 1)
 
+
+bench.add_command(bench_planner_command)
 
 if os.environ.get("HOTSET_DEBUG"):
     import faulthandler
