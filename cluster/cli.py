@@ -14,6 +14,7 @@ import click
 
 from hotset import __version__
 from hotset.cluster.plan import bench_planner_command, plan_command
+from hotset.cluster.routing_commands import analyze_routing_command, replay
 from hotset.errors import HotsetError
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-moe"
@@ -248,6 +249,8 @@ def why(block: str, address: str, run: str | None, *, as_json: bool) -> None:
 
 
 main.add_command(plan_command)
+main.add_command(replay)
+main.add_command(analyze_routing_command)
 
 
 @main.group()

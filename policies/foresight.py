@@ -22,7 +22,7 @@ Invariants: odds are positive and finite; same visits, same answers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,30 +44,37 @@ _PRIOR_SELF = 1.0
 _PRIOR_POPULARITY = 0.3
 
 
-class Span(NamedTuple):
-    """Rows that lie together: `lo:hi` of arrays by flat index, `at` the place in `odds`."""
-
-    lo: int
-    hi: int
-    at: int
-    views: tuple[slice, slice]  # lo:hi and at:at + hi - lo, made once
-
-
 class Path:
-    """One request's way through the layers: estimates made and experts seen, for two passes."""
+    """One request's way through the layers: estimates made and experts seen, for two passes.
 
-    __slots__ = ("clean", "logits", "now", "passes", "row", "scale", "seen")
+    Views by row are made once: slicing anew at each visit costs more than the arithmetic. `ahead`
+    holds the rows from `rows` on, which are the next pass's first ones, so that the rows in sight
+    of a visit always lie together.
+    """
 
-    def __init__(self, *, rows: int, width: int, base: Floats) -> None:
-        """`width` is the number of estimates made at a visit."""
+    __slots__ = (
+        "beyond", "clean", "far", "logits", "now", "passes", "places", "row", "scale", "seen",
+        "sight", "stages", "truth",
+    )  # fmt: skip
+
+    def __init__(self, *, rows: int, size: int, depth: int, base: Floats) -> None:
+        """`base` [rows, size] are the first estimates."""
         self.row = -1
-        self.clean = False
+        self.clean = True
         self.passes = 0
-        self.logits = base.reshape(-1).copy()
-        self.seen: list[Floats] = [np.zeros((rows, width), np.float32) for _ in range(2)]
+        self.logits = np.concatenate([base.reshape(-1), base.reshape(-1)[: depth * size]])
+        self.far = [self.logits[row * size : (row + 1) * size] for row in range(rows)]
+        self.sight = [self.logits[row * size : (row + depth + 1) * size] for row in range(rows)]
+        self.beyond = [
+            self.logits[(rows + row) * size : (rows + row + 1) * size] for row in range(depth)
+        ]
+        self.seen: list[Floats] = [np.zeros((rows, (depth + 1) * size), np.float32) for _ in "ab"]
+        self.stages: list[list[Floats]] = [[one[row] for row in range(rows)] for one in self.seen]
         none = np.empty(0, dtype=np.intp)
-        self.now: list[list[NDArray[np.intp]]] = [[none] * rows for _ in range(2)]
-        self.scale: list[list[float]] = [[1.0] * rows for _ in range(2)]
+        self.now: list[NDArray[np.intp]] = [none] * rows
+        self.scale = [[np.float32(1.0)] * rows for _ in "ab"]
+        self.places: list[NDArray[np.intp]] = [none, none]
+        self.truth = np.zeros((2, rows, size), dtype=np.float32)
 
 
 class StagedPredictor:
@@ -94,29 +101,18 @@ class StagedPredictor:
         self._uses = np.zeros((len(_HALF_LIVES), rows, size), dtype=np.float32)
         fade = [2.0 ** (-1.0 / half) for half in _HALF_LIVES]
         self._fade = np.array(fade, dtype=np.float32)[:, None, None]
+        self._rise = np.float32(1.0) - self._fade
         self._popular = np.log(self._uses + _RARE) + _CENTRE
         self._base: Floats = np.empty_like(self._bias)
-        self._base_of: list[Floats] = []
+        self._base_of = [self._base[row] for row in range(rows)]
         self._rebase()
-        self.spans = [self._spans(row) for row in range(rows)]
         self._odds = np.empty(width, dtype=np.float32)
-        self._truth = np.zeros((2, rows, size), dtype=np.float32)
-        self._ids = np.arange(rows, dtype=np.intp) * size
-
-    def _spans(self, row: int) -> tuple[Span, ...]:
-        size, rows = self.size, self.rows
-        here = min(self.depth + 1, rows - row)
-        cuts = [(row * size, (row + here) * size, 0)]
-        if here <= self.depth:
-            cuts.append((0, (self.depth + 1 - here) * size, here * size))
-        return tuple(
-            Span(lo, hi, at, (slice(lo, hi), slice(at, at + hi - lo))) for lo, hi, at in cuts
-        )
+        self._scales = [np.float32(1.0 / max(1, count) ** 0.5) for count in range(size + 1)]
+        self._first_of_row = np.arange(rows, dtype=np.intp) * size
 
     def begin(self) -> Path:
         """Start a request: its first estimates come from popularity alone."""
-        width = (self.depth + 1) * self.size
-        return Path(rows=self.rows, width=width, base=self._base)
+        return Path(rows=self.rows, size=self.size, depth=self.depth, base=self._base)
 
     def visit(self, path: Path, row: int, now: NDArray[np.intp]) -> Floats:
         """`path`'s request needs the distinct experts `now` at `row`; return odds p / (1 - p).
@@ -124,75 +120,86 @@ class StagedPredictor:
         Shape [(depth + 1) * E]: of the next visit of `row` itself, then of the rows after it.
         The array is reused by the next call.
         """
-        if row != (path.row + 1) % self.rows:
-            path.clean = False
-            path.passes = 0
-        if row == 0:
-            path.clean = True
+        if row != path.row + 1:
+            self._turn(path, row)
         path.row = row
-        count = len(now)
-        scale = 1.0 / count**0.5 if count else 1.0
-        told = self._of_row[row].take(now, axis=0).sum(axis=0)
-        told *= np.float32(scale)
-        logits, odds = path.logits, self._odds
-        size = self.size
-        logits[row * size : (row + 1) * size] = self._base_of[row]
-        for span in self.spans[row]:
-            there, here = span.views
-            estimate = logits[there]
-            estimate += told[here]
-            odds[here] = estimate
-        path.seen[1][row] = odds
-        path.now[1][row] = now
+        scale = self._scales[len(now)]
+        told = np.add.reduce(self._of_row[row].take(now, axis=0), axis=0)
+        told *= scale
+        np.copyto(path.far[row], self._base_of[row])
+        estimate = path.sight[row]
+        estimate += told
+        if row < self.depth:
+            np.copyto(path.beyond[row], path.far[row])
+        np.copyto(path.stages[1][row], estimate)
+        path.now[row] = now
         path.scale[1][row] = scale
-        np.minimum(odds, _TOP, out=odds)
+        odds = self._odds
+        np.minimum(estimate, _TOP, out=odds)
         return np.exp(odds, out=odds)
 
-    def finish_pass(self, path: Path, *, learn: bool) -> None:
-        """`path` has just passed the last row; learn from the pass before, whose truth is known."""
+    def _turn(self, path: Path, row: int) -> None:
+        """Start a pass, or go on behind a gap: what was seen before it is no cause of this."""
+        path.clean = row == 0
+        near = self.depth * self.size
+        if path.row == self.rows - 1 and path.clean:
+            # What was estimated for the rows beyond the last one is now about the first ones.
+            path.logits[:near] = path.logits[self.rows * self.size :]
+            return
+        path.passes = 0
+        path.logits[: self.rows * self.size] = self._base.reshape(-1)
+
+    def finish_pass(self, path: Path, *, learn: bool) -> NDArray[np.intp]:
+        """`path` has passed the last row: learn from the pass before, whose truth is now known.
+
+        Returns the flat indices of the blocks that this pass has used.
+        """
+        counts = [len(visit) for visit in path.now]
+        places = np.concatenate(path.now) + np.repeat(self._first_of_row, counts)
+        path.places[1] = places
+        truth = path.truth[1]
+        truth[:] = 0.0
+        truth.reshape(-1)[places] = 1.0
         if path.clean:
             path.passes += 1
-            if path.passes >= 2 and learn:
+            if path.passes > 1 and learn:
                 self._learn(path)
         path.seen.reverse()
-        path.now.reverse()
+        path.stages.reverse()
         path.scale.reverse()
+        path.places.reverse()
+        path.truth[0] = truth
+        return places
 
     def _learn(self, path: Path) -> None:
         rows, size, depth = self.rows, self.size, self.depth
-        truth = self._truth
-        truth[:] = 0.0
-        places = [
-            np.concatenate(visits) + np.repeat(self._ids, [len(visit) for visit in visits])
-            for visits in path.now
-        ]
-        for one, at in zip(truth, places, strict=True):
-            one.reshape(-1)[at] = 1.0
-        seen = path.seen[0]
-        missed = 1.0 / (1.0 + np.exp(-np.clip(seen, -_TOP, _TOP)))
-        np.negative(missed, out=missed)
-        missed[:, :size] += truth[1]
-        # Row r is followed by r + 1, r + 2, ...: windows of one array in memory.
+        truth = path.truth
+        wrong = np.negative(path.seen[0])
+        np.minimum(wrong, _TOP, out=wrong)
+        np.exp(wrong, out=wrong)
+        wrong += np.float32(1.0)
+        np.divide(np.float32(-1.0), wrong, out=wrong)
+        wrong[:, :size] += truth[1]
         if depth:
+            # Row r is followed by r + 1, r + 2, ...: windows of one array in memory.
             follow = np.lib.stride_tricks.sliding_window_view(truth.reshape(-1), depth * size)
-            missed[:, size:] += follow[size : (rows + 1) * size : size]
-        far = missed[:, :size]
+            wrong[:, size:] += follow[size : (rows + 1) * size : size]
+        far = wrong[:, :size]
         self._bias += np.float32(self._rate / 24.0) * far
         gain = (self._popular * far).sum(axis=2, keepdims=True)
         self._share += np.float32(self._rate / 240.0) * gain
-        counts = [len(visit) for visit in path.now[0]]
-        step = np.array(path.scale[0], dtype=np.float32)[:, None] * np.float32(self._rate)
-        self._flat[places[0]] += np.repeat(missed * step, counts, axis=0)
+        wrong *= np.array(path.scale[0], dtype=np.float32)[:, None] * np.float32(self._rate)
+        places = path.places[0]
+        self._flat[places] += wrong.take(places // size, axis=0)
         self._uses *= self._fade
-        self._uses += (1.0 - self._fade) * truth[1]
-        np.log(self._uses + _RARE, out=self._popular)
+        self._uses += self._rise * truth[1]
+        np.add(self._uses, _RARE, out=self._popular)
+        np.log(self._popular, out=self._popular)
         self._popular += _CENTRE
         self._rebase()
 
     def _rebase(self) -> None:
         np.add(self._bias, (self._share * self._popular).sum(axis=0), out=self._base)
-        if not self._base_of:
-            self._base_of = [self._base[row] for row in range(self.rows)]
 
     def chance(self) -> Floats:
         """Return the chance of use in a pass of which nothing else is known, [L, E]."""

@@ -81,12 +81,15 @@ class Link:
         """Queue a block that nobody waits for yet."""
         self._prefetches[key] = self.block_ns
 
-    def withdraw(self, key: int) -> bool:
-        """Take a prefetch back. False when its bytes are already on the wire or it is none."""
-        if self._prefetches.get(key) != self.block_ns:
-            return False
-        del self._prefetches[key]
-        return True
+    @property
+    def demands(self) -> int:
+        """Blocks on their way or queued that compute waits for."""
+        return len(self._demands)
+
+    @property
+    def transfers(self) -> int:
+        """Blocks on their way or queued."""
+        return len(self._demands) + len(self._prefetches)
 
     @property
     def queued_ns(self) -> int:

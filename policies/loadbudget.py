@@ -58,5 +58,5 @@ class LoadBudget:
 
     def loaded(self, count: int) -> None:
         """`count` loads were started for one layer of one step: move the bar."""
-        excess = count - self.ratio * self._lru_loads
-        self.bar = min(_HIGHEST, max(_LOWEST, self.bar * (1.0 + _GAIN * excess)))
+        bar = self.bar * (1.0 + _GAIN * (count - self.ratio * self._lru_loads))
+        self.bar = min(max(bar, _LOWEST), _HIGHEST)

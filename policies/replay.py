@@ -6,9 +6,11 @@ time and a prefetch that lands late is waited for. Must not know files; the cloc
 policy comes from the caller.
 
 Per layer of a step: experts that are here compute first; missing ones are fetched, most tokens
-first, and compute as they land. A slot is free for the next fetch when its expert has computed, so
-a layer may need more experts than there are slots. Prefetches that are still queued when their
-layer has passed are withdrawn, for every policy alike.
+first, and compute as they land. An expert that has computed may be evicted for the next one, so a
+layer may need more experts than there are slots. The time of compute is `layer_ns`, spent after
+the last one has landed; that the first could have computed meanwhile is left out. A fetch claims
+its slot when the link is about to start it, demands first, and a prefetch that has not started
+when its layer is routed is withdrawn. All of this holds for every policy alike.
 
 Invariants: loads = demand + prefetched; the policy's books hold (`validate` at the end); with the
 same trace, policy and link, every number but the policy's time is the same.
@@ -16,6 +18,7 @@ same trace, policy and link, every number but the policy's time is the same.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +28,7 @@ import numpy as np
 from hotset.policies.choose import prefetch_bar
 from hotset.policies.linkmodel import Link
 from hotset.policies.rivals.classic import Future
-from hotset.policies.types import Reason
+from hotset.policies.types import Reason, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,8 +40,13 @@ if TYPE_CHECKING:
 
 SLOT_BYTES = 2
 """Bytes of a block in the policy's books: replays count slots, the link counts `expert_bytes`."""
-_AHEAD = 2
+_AHEAD = 3
 """Layers ahead for which a fetch that fits into one layer's time may start."""
+_IN_THE_WAY = 0.5
+"""A prefetch in vain holds up demands for a chunk only; the rest of its time is lost to other
+prefetches. So the link counts as half as busy as demand makes it."""
+_AT_ONCE = 2
+"""Transfers that hold slots: the one on the wire and the one after it."""
 _GAIN = 0.05
 """Weight of the newest layer in the averages that steer prefetching, as in the worker."""
 
@@ -197,8 +205,8 @@ class Replay:
         self._clock = clock or (lambda: 0)
         self._link = Link(timing.link, block_bytes=timing.expert_bytes) if timing else None
         self._unused: set[int] = set()  # prefetched, not yet used
-        self._queued: list[list[int]] = [[] for _ in range(steps.rows)]
-        self._pinned: list[int] = []
+        self._demands: deque[int] = deque()  # wanted now, not yet on the link
+        self._wishes: dict[int, None] = {}  # prefetches in order, not yet on the link
         self._waiting: set[int] = set()
         self._demand_mean = 0.0
         self._layer_mean_ns = float(max(1, self._layer_ns))
@@ -233,14 +241,10 @@ class Replay:
         self._spent = self._clock() - began
         self._count(visit, plan)
         base = visit.row * self._size
-        for expert in plan.resident:
-            self._pin(base + expert)
         if self._link is None:
             self._fetch_at_once(base, plan)
         else:
             self._fetch_over(self._link, base, plan)
-        while self._pinned:
-            self._unpin()
         self.score.policy_ns.append(self._spent)
 
     def _count(self, visit: Visit, plan: LayerPlan) -> None:
@@ -258,35 +262,30 @@ class Replay:
 
     def _fetch_at_once(self, base: int, plan: LayerPlan) -> None:
         for expert in plan.missing:
-            while not self._claim(base + expert, Reason.DEMAND):
-                self._unpin()
+            claimed = self._claim(base + expert, Reason.DEMAND)
+            assert claimed, "nothing is pinned or on its way"  # noqa: S101 - our own bug
             self.policy.landed(*divmod(base + expert, self._size))
-            self._pin(base + expert)
-        while self._pinned:
-            self._unpin()
         for layer, expert in plan.prefetch:
             if self._claim(layer * self._size + expert, Reason.PREFETCH):
                 self.policy.landed(layer, expert)
 
     def _fetch_over(self, link: Link, base: int, plan: LayerPlan) -> None:
         start_ns = link.now_ns
-        self._await_arriving(link, base, plan)
-        self._withdraw(link, base)
-        for expert in plan.missing:
-            while not self._claim(base + expert, Reason.DEMAND):
-                if self._pinned:
-                    self._unpin()
-                else:
-                    self._land(link.next_landing())
-            self._waiting.add(base + expert)
-            link.demand(base + expert)
+        self._withdraw(base)
+        if plan.missing or plan.arriving:
+            self._land(link.finish_chunk())
+        for expert in plan.arriving:
+            if self.policy.format(*divmod(base + expert, self._size)) is None:
+                self._waiting.add(base + expert)
+                link.demand(base + expert)
+        self._demands.extend(base + expert for expert in plan.missing)
+        self._waiting.update(self._demands)
         for layer, expert in plan.prefetch:
-            flat = layer * self._size + expert
-            if self._claim(flat, Reason.PREFETCH):
-                link.prefetch(flat)
-                self._queued[layer].append(flat)
+            self._wishes[layer * self._size + expert] = None
+        self._feed(link)
         while self._waiting:
             self._land(link.next_landing())
+            self._feed(link)
         stall_ns = link.now_ns - start_ns
         self.score.stall_ns += stall_ns
         self._demand_mean += _GAIN * (len(plan.missing) - self._demand_mean)
@@ -294,34 +293,36 @@ class Replay:
         end_ns = link.now_ns + self._layer_ns
         while link.now_ns < end_ns:
             self._land(link.next_landing(end_ns))
+            self._feed(link)
 
-    def _await_arriving(self, link: Link, base: int, plan: LayerPlan) -> None:
-        if plan.missing or plan.arriving:
-            self._land(link.finish_chunk())
-        for expert in plan.arriving:
-            if self.policy.format(*divmod(base + expert, self._size)) is None:
-                self._waiting.add(base + expert)
-                link.demand(base + expert)
-            else:  # the chunk that had to end was its last
-                self._pin(base + expert)
+    def _feed(self, link: Link) -> None:
+        """Claim slots for what the link is about to carry."""
+        while self._demands and link.demands < _AT_ONCE:
+            if not self._claim(self._demands[0], Reason.DEMAND):
+                return  # every slot is on its way: one will land
+            link.demand(self._demands.popleft())
+        while self._wishes and link.transfers < _AT_ONCE:
+            flat = next(iter(self._wishes))
+            del self._wishes[flat]
+            if self._claim(flat, Reason.PREFETCH):
+                link.prefetch(flat)
 
-    def _withdraw(self, link: Link, base: int) -> None:
-        """The layer has been routed: what was queued for it and is not needed stays away."""
+    def _withdraw(self, base: int) -> None:
+        """The layer has been routed: what was wished for it is demanded or of no use."""
         row = base // self._size
-        for flat in self._queued[row]:
-            if flat not in self._waiting and link.withdraw(flat):
-                self.policy.failed(*divmod(flat, self._size))
-                self._unused.discard(flat)
-                self.score.prefetched -= 1
-                self.score.withdrawn += 1
-        self._queued[row].clear()
+        stale = [flat for flat in self._wishes if flat // self._size == row]
+        for flat in stale:
+            del self._wishes[flat]
+        self.score.withdrawn += len(stale)
 
     def _steer(self, link: Link) -> None:
         """Tell the policy what the link bears, as the worker does."""
         block_ns, layer_ns = link.block_ns, self._layer_ns
         busy_ratio = min(1.0, self._demand_mean * block_ns / self._layer_mean_ns)
-        chance = prefetch_bar(fetch_ns=block_ns, ahead_ns=layer_ns, busy_ratio=busy_ratio)
-        idle_ns = layer_ns - link.queued_ns
+        chance = prefetch_bar(
+            fetch_ns=block_ns, ahead_ns=layer_ns, busy_ratio=_IN_THE_WAY * busy_ratio
+        )
+        idle_ns = layer_ns - link.queued_ns - len(self._wishes) * block_ns
         most = max(0, -(-idle_ns // block_ns))
         self.policy.steer(chance, most=most, ahead=_AHEAD + block_ns // layer_ns)
 
@@ -331,8 +332,8 @@ class Replay:
         """Make room and claim it; False when everything is pinned or on its way."""
         policy = self.policy
         layer, expert = divmod(flat, self._size)
-        if policy.format(layer, expert) is not None:
-            return False
+        if reason is Reason.PREFETCH and policy.state(layer, expert) is not State.STORED:
+            return False  # it has come, or is coming, since it was wished for
         while not policy.room(SLOT_BYTES):
             began = self._clock()
             victim = policy.victim(SLOT_BYTES)
@@ -348,17 +349,7 @@ class Replay:
         return True
 
     def _land(self, landing: Landing | None) -> None:
-        """A block has arrived; one that compute waited for is pinned until it has computed."""
-        if landing is None:
-            return
-        self.policy.landed(*divmod(landing.key, self._size))
-        if landing.key in self._waiting:
+        """A block has arrived; if compute waited for it, it computes at once."""
+        if landing is not None:
+            self.policy.landed(*divmod(landing.key, self._size))
             self._waiting.discard(landing.key)
-            self._pin(landing.key)
-
-    def _pin(self, flat: int) -> None:
-        self.policy.pin(*divmod(flat, self._size))
-        self._pinned.append(flat)
-
-    def _unpin(self) -> None:
-        self.policy.unpin(*divmod(self._pinned.pop(0), self._size))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MOST_REQUESTS = 64
+_GUARD = 1e12
+"""What was fetched ahead outranks all else until its layer has passed, or it came in vain."""
 
 
 def slots_of(shape: DeviceShape) -> int:
@@ -49,6 +51,8 @@ class Rival(DeviceTable):
         self._values = np.full(self.rows * self.size, 0.5)
         self._quota = quota
         self._count = np.zeros(self.rows, dtype=np.int64)
+        self._guarded: list[list[int]] = [[] for _ in range(self.rows)]
+        self._guard = np.ones(self.rows * self.size)
         self._here = 0
 
     # --- what subclasses decide -------------------------------------------------------------
@@ -80,10 +84,16 @@ class Rival(DeviceTable):
         row = self._here = base // self.size
         plan = sort_needs(self, base, experts=experts, counts=counts)
         self._used(row, experts=experts, missing=plan.missing, request=request)
+        if self._guarded[row]:
+            self._guard[self._guarded[row]] = 1.0
+            self._guarded[row].clear()
+            self._rerank(row)
         landed, coming = self._format, self._coming
         for ahead, expert in self._guess(row, experts=experts, request=request):
             flat = ahead * self.size + expert
             if landed[flat] is None and coming[flat] is None:
+                self._guarded[ahead].append(flat)
+                self._guard[flat] = _GUARD
                 plan.prefetch.append((self.layers[ahead], expert))
         return plan
 
@@ -145,12 +155,14 @@ class Rival(DeviceTable):
         self._count[self._base[layer] // self.size] -= 1
 
     def _value(self, flat: int) -> float:
-        return float(self._values[flat])
+        return float(self._values[flat] * self._guard[flat])
 
     def _rerank(self, row: int | None = None) -> None:
         """Values of a row (None: of all) have changed."""
         here = slice(None) if row is None else slice(row * self.size, (row + 1) * self.size)
-        np.multiply(self._values[here], self._held[here], out=self._rank[here])
+        rank = self._rank[here]
+        np.multiply(self._values[here], self._held[here], out=rank)
+        rank *= self._guard[here]
 
 
 class NextGates:

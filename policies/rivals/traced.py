@@ -35,6 +35,8 @@ class MoEInfinity(Rival):
     """
 
     _MOST = 100
+    _LONGEST = 128
+    """Passes after which a request's matrix is closed: a batch looks like one endless request."""
 
     def __init__(self, shape: DeviceShape) -> None:
         """Start without any request known."""
@@ -44,15 +46,18 @@ class MoEInfinity(Rival):
         self._now = np.zeros((self.rows, self.size), dtype=np.float32)
         self._next: NDArray[np.float32] | None = None
         self._request: int | None = None
+        self._passes = 0
         self._early = 1.0 - np.arange(self.rows) / self.rows
 
     def _used(
         self, row: int, *, experts: Sequence[int], missing: Sequence[int], request: int
     ) -> None:
         del missing
-        if request != self._request:
+        self._passes += row == 0
+        if request != self._request or self._passes > self._LONGEST:
             self._remember()
             self._request = request
+            self._passes = 0
         self._now[row, experts] += 1.0
         if row == 0:
             self._match()
