@@ -342,12 +342,21 @@ def scan_overwrites(
     top, pace_hot = time[hot], pace[hot]
     best, chosen, comer = LEAST_SCORE, -1, -1
     table = crowds(layer, fleet, goal)
+    relief, known, fee = 0.0, -1, 0.0
     for at in range(slot.shape[0]):
         old = slot[at]
         if old < 0 or count[old] < 2:
             continue
         device = at // width
         on_hot = device == hot
+        if device != known:
+            known, relief, fee = device, -np.inf, np.inf  # bounds over all that may come here
+            for index in range(unit.shape[0] if on_hot else width):
+                new = index if on_hot else slot[hot * width + index]
+                if new >= 0 and hold[device, new] < twice:
+                    relief = max(relief, table[4, new])
+                    if price > 0.0:
+                        fee = min(fee, cost[device, new])
         if not on_hot and hold[hot, old] > 0:
             continue  # `hot` would have to take more of it
         rest = table[2, old] if table[1, old] == device else table[0, old]
@@ -357,6 +366,11 @@ def scan_overwrites(
         over = max(now, goal)
         alone = layer.more[old] - unit[old]
         harm = table[3, old] - (max(now + alone * there, goal) - over)
+        bound = relief - harm + (over - goal) + BEYOND * (top - rest)
+        if price > 0.0:
+            bound /= 1.0 + price * max(fee - cost[device, old], 0.0)
+        if bound <= best * CAUTION:
+            continue
         for index in range(unit.shape[0] if on_hot else width):
             new = index if on_hot else slot[hot * width + index]
             if new < 0:
