@@ -46,6 +46,10 @@ class Inbox(Generic[_T]):
             with contextlib.suppress(RuntimeError):  # somebody else has just rung
                 self._bell.release()
 
+    def __len__(self) -> int:
+        """How many items wait."""
+        return len(self._items)
+
     def empty(self) -> bool:
         """Whether there is nothing to get."""
         return not self._items

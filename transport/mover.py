@@ -323,7 +323,7 @@ class Mover:
 
         A verifier that keeps up hashes large posts in parallel, if it has a core to run on.
         """
-        return post.cell < 0 and (post.nbytes <= INLINE_BYTES or not self._verifier.empty())
+        return post.cell < 0 and (post.nbytes <= INLINE_BYTES or len(self._verifier) > 1)
 
     def _read_in_call(self, post: Post) -> None:
         """Copy and verify now; nothing is in flight between, so nothing can be abandoned."""
