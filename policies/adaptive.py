@@ -6,13 +6,14 @@ devices: `steer` tells it what the link bears. Not thread-safe.
 With the far odds f (of the next visit as seen one pass before) and, for a row that comes within
 `depth` visits, the near odds e, the value of a copy is
 
-    w f          while its row is far,
+    2 w f        while its row is far,
     w f + e      when its row is near; w is small (`_FAR_WEIGHT`).
 
 Odds of p = f / (1 + f) are one over the expected number of passes that bring no use, so evicting
 the smallest f is evicting what is needed last (Belady 1966, on expectations). The term e keeps
 what the coming visit is likely to need until that has passed. It outweighs f, because it blocks a
-slot for a fraction of a pass only: hits per slot and time are what counts.
+slot for a fraction of a pass only: hits per slot and time are what counts. (Far, f counts twice
+because the row just passed is the first in sight, with the odds of its next visit for e.)
 
 A block is prefetched when its near odds beat the bar (from the load budget and the link) and the
 cheapest victim's value. Where nearly all experts are needed each time the odds of all are high,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NOTHING = float("inf")
-_FAR_WEIGHT = np.float32(1.0 / 30.0)
-"""Odds of use a pass from now, against odds of use within a few layers. A pass is 16 to 60 layers
-long, and anything from 1 / 10 to 1 / 1000 gives the same figures within 2 %."""
+_FAR_WEIGHT = np.float32(1.0 / 60.0)
+"""Odds of use a pass from now, against odds of use within a few layers: a pass is 16 to 60 layers
+long. A thirtieth of it gives the same figures; three times as much costs 8 % at batch 8."""
 _MOST_REQUESTS = 64
 """Requests whose path is remembered; a worker forgets them when they end."""
 _USUAL_RATIO = 2.0
@@ -148,20 +149,15 @@ class DeviceResidency(DeviceTable):
         predictor = self.predictor
         odds = predictor.visit(path, row, now)
         size = self.num_experts
-        here = self._far_of[row]
         own = odds[:size]
         own *= _FAR_WEIGHT
-        here.fill(0.0)  # so that the row's own odds, which the sight begins with, count once
+        np.copyto(self._far_of[row], own if len(self._paths) == 1 else self._joint(row))
         if row + predictor.depth < self._rows:
             value, held, rank, far = self._sight[row]
             np.add(far, odds, out=value)
             np.multiply(value, held, out=rank)
         else:
             self._revalue_behind_the_last(row, odds)
-        if len(self._paths) == 1:
-            np.copyto(here, own)
-        else:
-            np.copyto(here, self._joint(row))
         count = len(now)
         if row == self._rows - 1:
             self._end_pass(path, learn=count <= _USUAL_RATIO * self._usual)
@@ -203,13 +199,19 @@ class DeviceResidency(DeviceTable):
             near = odds[distance * size : (distance + 1) * size]
             np.greater(near, bar, out=mask)
             np.logical_and(mask, self._absent_of[target], out=mask)
-            layer = self.layers[target]
-            found += [(near.item(place), layer, place) for place in mask.nonzero()[0].tolist()]
-            if len(found) >= self._most:
-                break
-        if len(found) > 1:
+            places = mask.nonzero()[0]
+            if places.size:
+                layer = self.layers[target]
+                chances = near.take(places).tolist()
+                found += [
+                    (chance, layer, place)
+                    for chance, place in zip(chances, places.tolist(), strict=True)
+                ]
+                if len(found) >= self._most:
+                    break
+        if found:
             found.sort(reverse=True)
-        into += [(layer, expert) for _, layer, expert in found[: self._most]]
+            into += [(layer, expert) for _, layer, expert in found[: self._most]]
 
     def victim(
         self, want_bytes: int, *, needed: Collection[tuple[int, int]] = ()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-FRUGAL_LOAD_RATIO = 1.27
+FRUGAL_LOAD_RATIO = 1.25
 """Prefetching may load this many times what LRU would: the setting `frugal`."""
 EAGER_LOAD_RATIO = 1.9
 """The setting `eager`, for links that would otherwise idle."""

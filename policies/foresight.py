@@ -107,7 +107,11 @@ class StagedPredictor:
         self._base_of = [self._base[row] for row in range(rows)]
         self._rebase()
         self._odds = np.empty(width, dtype=np.float32)
-        self._scales = [np.float32(1.0 / max(1, count) ** 0.5) for count in range(size + 1)]
+        # n experts count 1 / sqrt(n) each, as a vector for the product with their weights.
+        self._scales = [
+            np.full(count, 1.0 / max(1, count) ** 0.5, dtype=np.float32)
+            for count in range(size + 1)
+        ]
         self._first_of_row = np.arange(rows, dtype=np.intp) * size
 
     def begin(self) -> Path:
@@ -123,9 +127,8 @@ class StagedPredictor:
         if row != path.row + 1:
             self._turn(path, row)
         path.row = row
-        scale = self._scales[len(now)]
-        told = np.add.reduce(self._of_row[row].take(now, axis=0), axis=0)
-        told *= scale
+        scales = self._scales[len(now)]
+        told = np.dot(scales, self._of_row[row].take(now, axis=0))
         np.copyto(path.far[row], self._base_of[row])
         estimate = path.sight[row]
         estimate += told
@@ -133,7 +136,7 @@ class StagedPredictor:
             np.copyto(path.beyond[row], path.far[row])
         np.copyto(path.stages[1][row], estimate)
         path.now[row] = now
-        path.scale[1][row] = scale
+        path.scale[1][row] = scales[0]
         odds = self._odds
         np.minimum(estimate, _TOP, out=odds)
         return np.exp(odds, out=odds)

@@ -99,7 +99,7 @@ def test_replays_are_deterministic(name: str) -> None:
 
 
 @given(st.integers(0, 1000), st.sampled_from([3, 8, 20]), st.sampled_from([1, 3]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_nobody_without_prefetch_misses_less_than_belady(seed: int, slots: int, batch: int) -> None:
     steps = lined_up(seed, tokens=40, batch=batch)
     least = play("belady", steps, slots=slots).demand
@@ -196,8 +196,7 @@ def test_link_profiles_have_names() -> None:
 # --- what hotset must reach -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [11, 12, 13])
-@pytest.mark.parametrize("slots", [12, 24])
+@pytest.mark.parametrize(("seed", "slots"), [(11, 12), (12, 24), (13, 24)])
 def test_hotset_closes_the_gap_to_belady_within_its_budget(seed: int, slots: int) -> None:
     steps = lined_up(seed, tokens=800)
     lru, belady, ours = (play(name, steps, slots=slots) for name in ("lru", "belady", "hotset"))
