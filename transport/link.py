@@ -32,6 +32,7 @@ WINDOW_MAX_BYTES: Final = 32 << 20
 FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
 PIECE_MIN_BYTES: Final = 2 << 20  # of a fast link: below, its posts cost more than it saves
 FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
+FUSED_BYTES: Final = 16 << 20  # up to here copying and hashing by turns beats a second thread
 RATE_MIN_BYTES: Final = 256 << 10  # shorter posts measure latency
 POST_ITEMS: Final = 1024
 
@@ -50,6 +51,7 @@ class Link:
         self.window_bytes = 0
         """How many bytes of a class, and of those more urgent, may be under way."""
         self.is_files = is_files
+        self.in_call = False  # the backend copies while it posts
         self._profile_rate = 0
         self._queue: list[Entry] = []
         self._pushes = 0
@@ -138,6 +140,8 @@ class Link:
         while nothing moves; on slow links pieces are shorter than PIECE_MIN_BYTES.
         """
         half = self.window_bytes // 2
+        if self.in_call and left <= FUSED_BYTES:
+            return min(half, left)
         piece = min(half, max(left // 2, min(PIECE_MIN_BYTES, half)))
         return piece if left - piece > piece // 2 else left  # no crumbs
 

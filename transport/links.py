@@ -43,19 +43,20 @@ class Links:
             link = self._links[name] = Link(name)
         return link
 
-    def connect(self, peer: PeerInfo) -> None:
+    def connect(self, peer: PeerInfo) -> Link:
         """A peer is readable now, at the pace of its profile when that is emulated."""
         link = self.get(peer.name)
         if link.peer == peer:
-            return
+            return link
         link.peer = peer
         if peer.link is None or not peer.link.emulated:
             link.set_pace(self._own_pacers, profile_rate=0)
-            return
+            return link
         page = PacePage.open(peer.pace, peer.name)
         pacer = Pacer(peer.link, time_scale=self._time_scale, page=page)
         rate = int(peer.link.bandwidth_bytes_per_s / self._time_scale)
         link.set_pace((pacer, *self._own_pacers), profile_rate=rate)
+        return link
 
     def disconnect(self, name: str) -> None:
         """A peer is not readable any more."""

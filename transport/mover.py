@@ -25,6 +25,7 @@ from hotset.transport.flights import Flights
 from hotset.transport.fused import Fused
 from hotset.transport.job import Job, Pieces, Post, Stage, Track, spans
 from hotset.transport.judge import judge_files
+from hotset.transport.link import FUSED_BYTES
 from hotset.transport.links import STORAGE, Links
 from hotset.transport.looks import FOLLOW_BYTES, LOOK_MIN_NS, Looks
 from hotset.transport.timers import Deadlines, Timers
@@ -104,7 +105,8 @@ class Mover:
                 "this engine reads files only", remedy="give it a backend to read peers"
             )
         self._backend.connect(peer)
-        self._links.connect(peer)
+        link = self._links.connect(peer)
+        link.in_call = self._backend.copies_in_call(peer.name)
 
     def disconnect(self, name: str) -> None:
         """Forget a peer; queued reads from it will fail, posted ones go on."""
@@ -306,7 +308,7 @@ class Mover:
         for track in post.tracks:
             track.first_ns = track.first_ns or post.posted_ns
         try:
-            if self._backend.copies_in_call(link.name) and self._is_fused(post):
+            if self._is_fused(post):
                 self._read_in_call(post)
                 return
             post.handle = self._backend.post(link.name, parts)
@@ -321,9 +323,14 @@ class Mover:
     def _is_fused(self, post: Post) -> bool:
         """Whether to hash what is copied in this call at once.
 
-        A verifier that keeps up hashes large posts in parallel, if it has a core to run on.
+        A verifier that keeps up hashes large posts in parallel, if it has a core to run on; its
+        wake-ups cost too much for one block.
         """
-        return post.cell < 0 and (post.nbytes <= INLINE_BYTES or len(self._verifier) > 1)
+        if post.cell >= 0 or not post.link.in_call:
+            return False
+        job = post.tracks[0].job
+        few = len(job.items) * post.tracks[0].slot_bytes <= FUSED_BYTES
+        return few or post.nbytes <= INLINE_BYTES or len(self._verifier) > 1
 
     def _read_in_call(self, post: Post) -> None:
         """Copy and verify now; nothing is in flight between, so nothing can be abandoned."""
