@@ -21,10 +21,11 @@ import numpy as np
 
 from hotset.policies import place_score as score
 from hotset.policies.place_check import as_numpy, ratio
-from hotset.policies.planner_kernels import Floats, Ints, compiled
+from hotset.policies.planner_jit import compiled
 
 if TYPE_CHECKING:
     from hotset.policies.place_types import Placement
+    from hotset.policies.planner_kernels import Floats, Ints
 
 PASSES = 3
 """Sweeps over all pairs of slots of a layer."""

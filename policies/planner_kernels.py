@@ -18,38 +18,22 @@ expert keeps a copy; no device goes over its bytes or holds an expert more than 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hotset.policies import planner_scans
+from hotset.policies.planner_jit import COMPILED, compiled
 from hotset.policies.planner_scans import BEYOND, LEAST_DROP, LEAST_SCORE
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-try:
-    from numba import njit as _njit
-except ImportError:  # an extra; plans are the same without it
-    _njit = None
-
-COMPILED = _njit is not None
 CAUTION = 1.0 - 1e-12
 """Rounding must not make a bound pass over what the scan without bounds would choose."""
 LAST_REACH = 0.05
 """Reach of the last attempts of a search that finds no step."""
-_F = TypeVar("_F", bound="Callable[..., Any]")
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Small = NDArray[np.int16]
-
-
-def compiled(function: _F) -> _F:
-    """Compile on first use; numba keeps the result on disk beside the source."""
-    if _njit is None:
-        return function
-    return _njit(cache=True, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
 
 
 class Fleet(NamedTuple):
@@ -351,7 +335,9 @@ def scan_overwrites(
         on_hot = device == hot
         if device != known:
             known, relief, fee = device, -np.inf, np.inf  # bounds over all that may come here
-            for index in range(unit.shape[0] if on_hot else width):
+            if width < 3 and not on_hot:
+                relief, fee = np.inf, 0.0  # looking at both is as quick
+            for index in range(unit.shape[0] if on_hot else width if width > 2 else 0):
                 new = index if on_hot else slot[hot * width + index]
                 if new >= 0 and hold[device, new] < twice:
                     relief = max(relief, table[4, new])

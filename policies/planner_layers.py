@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hotset.policies.planner_jit import compiled
 from hotset.policies.planner_kernels import (
     Fleet,
     Floats,
     Ints,
     Layer,
     Log,
-    compiled,
     covered,
     replicate,
     search,

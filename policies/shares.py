@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hotset.policies.place_check import as_numpy, check_current, check_load
-from hotset.policies.planner_kernels import Floats, Ints, compiled
+from hotset.policies.planner_jit import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from hotset.policies.planner_kernels import Floats, Ints
 
 __all__ = ["best_shares", "split_batch"]
 
