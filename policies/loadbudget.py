@@ -2,8 +2,9 @@
 
 Decides a bar of odds for prefetches, nothing else. A prefetch that nobody uses costs bytes that
 others could have used, so loads are kept at `ratio` times those of LRU. LRU is not run but
-shadowed: a list of names by recency for every fourth row, with the slots that row would get if
-LRU split the device evenly. Must not know links or clocks.
+shadowed: a list of names by recency for some of the rows (at least eight, where there are as
+many), with the slots that a row would get if LRU split the device evenly. Must not know links or
+clocks.
 
 Invariants: the bar lies between its bounds; LRU's loads are estimated, so the ratio holds on
 average and not at each step.
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_EVERY = 4
+_SAMPLED_ROWS = 8
 _GAIN = 0.002
 """Growth of the bar's logarithm for each load too many."""
 _LOWEST, _HIGHEST = 0.02, 50.0
@@ -32,9 +33,10 @@ class LoadBudget:
         """`slots` are those of the whole device."""
         self.ratio = ratio
         self.bar = 0.25
-        self._slots = max(1, slots // rows)
+        self._slots = max(1, -(-slots // rows))  # rounded up: rather too few loads than too many
+        every = max(1, rows // _SAMPLED_ROWS)
         self._recent: list[dict[int, None] | None] = [
-            {} if row % _EVERY == 0 else None for row in range(rows)
+            {} if row % every == every // 2 else None for row in range(rows)
         ]
         self._lru_loads = 0.0
 
