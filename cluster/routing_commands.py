@@ -58,7 +58,13 @@ def _silent(_text: str) -> None:
     show_default=True,
     help="compute time of a layer",
 )
-@click.option("--expert-bytes", type=click.IntRange(min=1), default=12 << 20, show_default=True)
+@click.option(
+    "--expert-bytes",
+    type=click.IntRange(min=1),
+    default=12 << 20,
+    show_default=True,
+    help="bytes of an expert on the link",
+)
 @click.option("--tokens", type=click.IntRange(min=1), help="only the first tokens of the trace")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
 def replay(  # noqa: PLR0913 - one option each
