@@ -79,7 +79,7 @@ _CLUSTER_OPTIONS = (
     click.option("--threads", type=int, default=1, show_default=True,
                  help="compute threads of a worker"),
     click.option("--policy", default="hotset", show_default=True,
-                 help="hotset, lru or load-on-demand"),
+                 help="residency policy: hotset, lru, load-on-demand, ... (docs/policies.md)"),
     click.option("--reference", default="eager", show_default=True,
                  help="transformers' experts implementation whose bits are matched"),
     click.option("--numerics", default="exact", show_default=True, help="exact or tiled"),

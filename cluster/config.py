@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hotset.errors import ConfigError
+from hotset.policies.residency import LIVE_POLICIES
 from hotset.transport.base import LinkProfile
 from hotset.transport.slab import slot_stride
 
@@ -43,7 +44,7 @@ class RunConfig(BaseModel):
     cxl_ratio: float = Field(default=1.0, gt=0, le=1)
     cxl_profile: str = "cxl2x8"
     threads: int = Field(default=1, ge=1)
-    policy: Literal["hotset", "lru", "load-on-demand"] = "hotset"
+    policy: str = "hotset"
     reference: Literal["eager", "grouped_mm"] = "eager"
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
@@ -67,6 +68,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"{place}: {first['msg'].lower()}", remedy=f"got {first.get('input')!r}"
             ) from None
+        if config.policy not in LIVE_POLICIES:
+            raise ConfigError(
+                f"policy {config.policy!r} is unknown or for replays only",
+                remedy=f"choose one of {', '.join(LIVE_POLICIES)}",
+            )
         if config.cxl_profile not in PROFILES:
             raise ConfigError(
                 f"profile {config.cxl_profile!r} is unknown",

@@ -134,7 +134,7 @@ class DeviceResidency(DeviceTable):
         self.budget.routed(row, experts)
         now = np.array(experts, dtype=np.intp)
         odds = self._foresee(row, now=now, request=request)
-        if self._most and self.predictor.depth:
+        if self._most and self.predictor.depth and self._least_odds < _NOTHING:
             self._propose(row, odds=odds, into=plan.prefetch)
         self.budget.loaded(len(plan.missing) + len(plan.prefetch))
         return plan

@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from hotset.cluster.cli import main
+from hotset.cluster.config import RunConfig
 from hotset.dashboards.routertrace import write_trace
+from hotset.errors import ConfigError
 from hotset.policies.residency import POLICIES
 
 if TYPE_CHECKING:
@@ -103,3 +105,10 @@ def test_analysis_ends_with_a_verdict(trace: Path) -> None:
     found = json.loads(out)
     assert found["verdict"].startswith("Offloading")
     assert set(found["srp"]) == {"4", "16", "64"}
+
+
+@pytest.mark.parametrize("policy", ["belady", "best"])
+def test_a_run_takes_only_policies_that_need_no_future(policy: str, tmp_path: Path) -> None:
+    assert RunConfig.build(model=tmp_path, policy="fate").policy == "fate"
+    with pytest.raises(ConfigError, match=f"policy '{policy}' is unknown or for replays only"):
+        RunConfig.build(model=tmp_path, policy=policy)
