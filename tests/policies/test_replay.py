@@ -134,6 +134,21 @@ def test_a_device_smaller_than_a_layers_needs_streams_them() -> None:
         assert score.needs == score.hits + score.late + score.demand, name
 
 
+@pytest.mark.parametrize(
+    ("layers", "experts", "k", "slots"),
+    [(1, 8, 2, 3), (1, 8, 8, 4), (2, 8, 1, 2), (3, 4, 4, 12), (2, 300, 6, 50)],
+)
+def test_models_of_any_shape_are_replayed(layers: int, experts: int, k: int, slots: int) -> None:
+    trace = markov_trace(1, tokens=26, layers=layers, experts=experts, k=k)
+    steps = line_up(trace, sequences(26, length=13), batch=1)
+    shape = shape_of(slots, layers=layers, experts=experts)
+    for name in POLICIES:
+        policy = make_policy(name, shape, future=future_of(steps, num_experts=experts))
+        timing = Timing(link=SPEC, expert_bytes=1 << 16, layer_ns=50_000)
+        score = Replay(policy, steps, num_experts=experts, timing=timing).run()
+        assert score.needs == score.hits + score.late + score.demand, name
+
+
 # --- the link -------------------------------------------------------------------------------
 
 
