@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROUNDS = 3
+pytestmark = pytest.mark.slow
 UCX_ABORTS = "UCX aborts the source when a reader dies in the middle of a read, once in 100 kills"
 
 
