@@ -16,8 +16,8 @@ slot for a fraction of a pass only: hits per slot and time are what counts. (Far
 because the row just passed is the first in sight, with the odds of its next visit for e.)
 
 A block is prefetched when its near odds beat the bar (from the load budget and the link) and the
-cheapest victim's value. Where nearly all experts are needed each time the odds of all are high,
-so little passes the victim's bar, and what is left is the best eviction.
+cheapest victim's value. Where most experts of a layer are needed each time (`dense`), locality has
+little left to choose; what helps is to stream the next layer's in time, so more loads are allowed.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class DeviceResidency(DeviceTable):
         self._most = config.prefetch_per_layer
         self._ahead = 1
         self._least_odds = 0.0
+        self._link_is_measured = False
         self.steer(0.0)
 
     # --- what others tell -------------------------------------------------------------------
@@ -109,7 +110,23 @@ class DeviceResidency(DeviceTable):
         per_layer = self.config.prefetch_per_layer
         self._most = per_layer if most is None else min(most, per_layer)
         self._ahead = max(1, min(ahead, self.predictor.depth))
-        self.budget.ratio = self.config.load_ratio if most is None else self.config.idle_load_ratio
+        self._link_is_measured = most is not None
+        self._set_load_ratio()
+
+    def _set_load_ratio(self) -> None:
+        """By the link's idle time if that is known, else by the regime."""
+        config = self.config
+        if self._link_is_measured:
+            self.budget.ratio = config.idle_load_ratio
+        elif self.dense:
+            self.budget.ratio = config.dense_load_ratio
+        else:
+            self.budget.ratio = config.load_ratio
+
+    @property
+    def dense(self) -> bool:
+        """Whether a large share of each layer's experts is needed at each visit."""
+        return self._usual > self.config.dense_ratio * self.num_experts
 
     def forget(self, request: int) -> None:
         """Free what was kept for a request that has ended."""
@@ -186,6 +203,7 @@ class DeviceResidency(DeviceTable):
         recent = self._recent_use
         recent *= np.float32(1.0 - _USE_FADE)
         recent[used] += np.float32(_USE_FADE)
+        self._set_load_ratio()
 
     def _propose(self, row: int, *, odds: NDArray[np.float32], into: list[tuple[int, int]]) -> None:
         """Append what is worth fetching for the rows ahead, likeliest first."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FRUGAL_LOAD_RATIO = 1.25
 """Prefetching may load this many times what LRU would: the setting `frugal`."""
+DENSE_LOAD_RATIO = 1.45
+"""The same where most experts of a layer are needed each time."""
 EAGER_LOAD_RATIO = 1.9
 """The setting `eager`, for links that would otherwise idle."""
 
@@ -38,6 +40,12 @@ class ResidencyConfig:
     """Loads, as a share of what LRU would load, while nobody says how busy the link is."""
     idle_load_ratio: float = EAGER_LOAD_RATIO
     """The same while the caller measures the link, whose bars then do most of the limiting."""
+    dense_load_ratio: float = DENSE_LOAD_RATIO
+    """The same while nobody says how busy the link is and more than `dense_ratio` of a layer's
+    experts are needed at each visit: there LRU loads most of them anyway, and few guesses fail."""
+    dense_ratio: float = 0.3
+    """Share of a layer's experts needed at a visit above which the regime is dense. Single requests
+    of known models stay below (top 2 of 8: .25), batches of eight lie above."""
     learning_rate: float = 0.24
     """Share of an error that one pass corrects. Half of it learns too slowly for traces of a few
     thousand tokens, twice of it forgets rare experts."""

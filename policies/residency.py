@@ -78,7 +78,12 @@ def make_policy(
         return DeviceResidency(shape, config=config)
     if name in _RATIOS:
         ratio = _RATIOS[name]
-        config = replace(config or ResidencyConfig(), load_ratio=ratio, idle_load_ratio=ratio)
+        config = replace(
+            config or ResidencyConfig(),
+            load_ratio=ratio,
+            dense_load_ratio=ratio,
+            idle_load_ratio=ratio,
+        )
         return DeviceResidency(shape, config=config)
     if name in _RIVALS:
         return _RIVALS[name](shape)

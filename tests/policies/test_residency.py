@@ -208,6 +208,34 @@ def test_a_full_device_keeps_what_is_likelier_than_the_candidate() -> None:
     assert policy.routed(1, [0, 1, 2, 3], [1] * 4, step=60).prefetch == []
 
 
+def test_the_regime_and_the_link_set_the_budget() -> None:
+    policy = DeviceResidency(shape_of(24))
+    ratios = []
+    for experts in (3, 12, 3):
+        for step in range(30):
+            for layer in (1, 2, 3, 4):
+                policy.routed(layer, list(range(experts)), [1] * experts, step=step)
+        ratios.append((policy.dense, policy.budget.ratio))
+    config = policy.config
+    sparse = (False, config.load_ratio)
+    assert ratios == [sparse, (True, config.dense_load_ratio), sparse]
+    policy.steer(0.0, most=2)
+    assert policy.budget.ratio == config.idle_load_ratio
+
+
+def test_one_prefill_is_no_regime() -> None:
+    policy = DeviceResidency(shape_of(24))
+    for step in range(30):
+        for layer in (1, 2, 3, 4):
+            policy.routed(layer, [0, 1], [1, 1], step=step)
+    learnt = policy.predictor.chance().copy()
+    for _ in range(2):
+        for layer in (1, 2, 3, 4):
+            policy.routed(layer, list(range(16)), [9] * 16, step=30)
+    assert not policy.dense
+    assert (policy.predictor.chance() == learnt).all()
+
+
 def test_expected_use_is_a_ratio_that_follows_use() -> None:
     policy = DeviceResidency(shape_of(4))
     for step in range(200):
