@@ -24,6 +24,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,6 +46,8 @@ UCX_DEFAULTS: Final = {
     "UCX_TCP_KEEPINTVL": "1s",
     "UCX_TCP_KEEPCNT": "3",
 }
+RETRY_NS: Final = 250_000_000
+MOST_DOUBLINGS: Final = 7
 _REMEDY: Final = "pip install nixl"
 _WHEELS: Final = ("nixl_cu13", "nixl_cu12")
 NIXL_MODULES: Final = tuple(f"{name}._bindings" for name in ("nixl", *_WHEELS))
@@ -89,6 +92,8 @@ class _Peer:
     in_flight: int = 0
     leaving: bool = False
     lost: bool = False  # NIXL gave the connection up, and would for ever answer so
+    losses: int = 0  # in a row
+    retry_ns: int = 0  # not before this is it tried anew
 
 
 @dataclass(slots=True)
@@ -243,9 +248,7 @@ class NixlBackend(Backend):
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
         near, far = self._descriptors(entry, slab, spans)
         if entry.lost and entry.in_flight == 0:  # it may have been the network: try anew
-            self._agent.invalidateRemoteMD(entry.agent)
-            self._load(entry.agent, entry.info.backend_metadata)
-            entry.lost = False
+            self._reload(entry)
         nixl, agent = self._nixl, self._agent
         try:
             request: int = agent.createXferReq(
@@ -312,12 +315,30 @@ class NixlBackend(Backend):
             status = ask(post.request)
         except Exception as error:  # noqa: BLE001 - NIXL's errors share no root; told as ERROR
             post.state, post.error = PostState.ERROR, str(self._typed(error, post.peer.info.name))
-            post.peer.lost = True
+            self._note_loss(post.peer)
             return
         if status == self._nixl.NIXL_SUCCESS:
             post.state = PostState.DONE
+            post.peer.losses = 0
         elif status != self._nixl.NIXL_IN_PROG:
             post.state, post.error = PostState.ERROR, f"NIXL reports {status}"
+
+    def _note_loss(self, peer: _Peer) -> None:
+        if not peer.lost:
+            peer.lost = True
+            wait_ns = RETRY_NS << min(peer.losses, MOST_DOUBLINGS) if peer.losses else 0
+            peer.retry_ns = time.monotonic_ns() + wait_ns
+            peer.losses += 1
+
+    def _reload(self, peer: _Peer) -> None:
+        """Connect anew: at once the first time, then ever more seldom (it costs descriptors)."""
+        if time.monotonic_ns() < peer.retry_ns:
+            raise PeerGoneError(
+                f"store {peer.info.name!r} was lost", remedy="read another copy; it will rejoin"
+            )
+        self._agent.invalidateRemoteMD(peer.agent)
+        self._load(peer.agent, peer.info.backend_metadata)
+        peer.lost = False
 
     def _drop_if_idle(self, peer: _Peer) -> None:
         if peer.leaving and peer.in_flight == 0:
