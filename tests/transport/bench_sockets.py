@@ -1,4 +1,6 @@
-"""The TCP backend against a tuned plain socket: `python -m tests.transport.bench_tcp`.
+"""Two-sided backends against a tuned plain socket: `python -m tests.transport.bench_sockets tcp`.
+
+The backend alone and an engine over it, `tcp` or `ucx`.
 
 The peer of the comparison is a Python socket pair with the same buffers between two processes, the
 sender's `sendall` of at most 1 MiB at once out of a memory file (more is slower), the receiver's
@@ -8,6 +10,7 @@ see the same machine; printed are medians, best values and the ratios of both.
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing as mp
 import platform
 import socket
@@ -20,9 +23,8 @@ from typing import TYPE_CHECKING
 from hotset.transport.base import PostState, Span
 from hotset.transport.memory import HostMemory
 from hotset.transport.slab import Slab
-from hotset.transport.tcp import TcpBackend
 from hotset.transport.wire import tune
-from tests.transport.peer import PeerProcess, build
+from tests.transport.peer import BACKENDS, PeerProcess, build
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -76,12 +78,12 @@ class Plain:
 class Bare:
     """The backend without an engine: post all, poll until done."""
 
-    def __init__(self, peer: PeerProcess, *, blocks: int, nbytes: int) -> None:
+    def __init__(self, way: str, peer: PeerProcess, *, blocks: int, nbytes: int) -> None:
         self.slab = Slab(
             capacity_bytes=blocks * (nbytes + 128), slot_payload_bytes=nbytes, name="bare",
             incarnation=1,
         )  # fmt: skip
-        self.backend = TcpBackend()
+        self.backend = BACKENDS[way]()
         self.backend.register(self.slab)
         self.backend.connect(peer.info)
         self.nbytes = nbytes
@@ -116,15 +118,15 @@ def read(store: Store, copies: list[Source]) -> int:
     return elapsed
 
 
-def measure(*, blocks: int, nbytes: int, rounds: int) -> None:
+def measure(way: str, *, blocks: int, nbytes: int, rounds: int) -> None:
     """Print one line for a batch of `blocks` x `nbytes`."""
     shape = {"blocks": blocks, "nbytes": nbytes}
-    peer = PeerProcess(name="source", incarnation=1, backend="tcp", room=0, **shape)
+    peer = PeerProcess(name="source", incarnation=1, backend=way, room=0, **shape)
     store = build(
-        name="sink", incarnation=1, backend=TcpBackend(), blocks=0, nbytes=nbytes, room=blocks
+        name="sink", incarnation=1, backend=BACKENDS[way](), blocks=0, nbytes=nbytes, room=blocks
     )
     store.engine.connect(peer.info)
-    plain, bare = Plain(**shape), Bare(peer, **shape)
+    plain, bare = Plain(**shape), Bare(way, peer, **shape)
     times: dict[str, list[int]] = {"plain": [], "backend": [], "engine": []}
     for _ in range(rounds):
         times["plain"].append(plain.read())
@@ -132,11 +134,11 @@ def measure(*, blocks: int, nbytes: int, rounds: int) -> None:
         times["engine"].append(read(store, peer.copies))
     size, base = blocks * nbytes, times["plain"][2:]
     print(f"{blocks:4d} x {nbytes >> 10:6d} KiB", end="")
-    for way, all_taken in times.items():
+    for what, all_taken in times.items():
         taken = all_taken[2:]
         middle = statistics.median(taken)
         print(
-            f" | {way} {middle / 1e3:7.0f} us {size / middle:5.2f} GB/s (best "
+            f" | {what} {middle / 1e3:7.0f} us {size / middle:5.2f} GB/s (best "
             f"{size / min(taken):5.2f}) ratio {statistics.median(base) / middle:.2f} best "
             f"{min(base) / min(taken):.2f}",
             end="",
@@ -150,10 +152,13 @@ def measure(*, blocks: int, nbytes: int, rounds: int) -> None:
 
 def main() -> None:
     """Measure the sizes that the target names, and small ones."""
-    print(platform.machine(), platform.python_version())
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("way", choices=("tcp", "ucx"))
+    way = arguments.parse_args().way
+    print(platform.machine(), platform.python_version(), way)
     for blocks, nbytes, rounds in ((64, 1 << 20, 31), (1, 64 << 20, 31), (1, 1 << 20, 101),
                                    (1, 64 << 10, 201)):  # fmt: skip
-        measure(blocks=blocks, nbytes=nbytes, rounds=rounds)
+        measure(way, blocks=blocks, nbytes=nbytes, rounds=rounds)
 
 
 if __name__ == "__main__":
