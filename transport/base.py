@@ -236,6 +236,34 @@ def other_backend(peer: PeerInfo, mine: str) -> TransportError:
     )
 
 
+def registered_twice() -> TransportError:
+    """Make the error for a second slab."""
+    return TransportError("a slab is registered already", remedy="one backend per store")
+
+
+def require_own(slab: Slab | None, *, name: str, incarnation: int) -> Slab:
+    """Return the registered slab. Raises TransportError when it is not that store's."""
+    if slab is None or (name, incarnation) != (slab.name, slab.incarnation):
+        raise TransportError(
+            f"no slab of {name}:{incarnation} is registered",
+            remedy="give the slab and the engine the same name and incarnation",
+        )
+    return slab
+
+
+def describe_store(slab: Slab, *, backend: str, metadata: bytes) -> PeerInfo:
+    """Describe a store to peers by its slab and what its backend has to add."""
+    return PeerInfo(
+        name=slab.name,
+        incarnation=slab.incarnation,
+        backend=backend,
+        backend_metadata=metadata,
+        base_address=slab.base_address,
+        nbytes=slab.nbytes,
+        device=slab.device,
+    )
+
+
 class PostState(enum.Enum):
     """What a backend says of a posted read."""
 
@@ -250,6 +278,25 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     local_offset: int
     remote_offset: int
     nbytes: int
+
+
+def outside(peer: str, *, local: int, remote: int) -> TransportError:
+    """Make the error for spans that leave one of the two slabs, of `local` and `remote` bytes."""
+    return TransportError(
+        f"a read from {peer!r} leaves its slab of {remote} bytes or ours of {local}",
+        remedy="refresh the directory of copies",
+    )
+
+
+def refuse_outside(spans: Sequence[Span], *, peer: str, local: int, remote: int) -> None:
+    """Raise TransportError unless every span lies in both slabs."""
+    if any(
+        span.local_offset + span.nbytes > local
+        or span.remote_offset + span.nbytes > remote
+        or min(span.local_offset, span.remote_offset, span.nbytes) < 0
+        for span in spans
+    ):
+        raise outside(peer, local=local, remote=remote)
 
 
 class Backend(ABC):

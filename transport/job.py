@@ -66,8 +66,7 @@ class Pieces:
     """
 
     __slots__ = (
-        "arrived", "bare", "end", "hashed", "hasher", "hashing", "islands", "known", "probing",
-        "seen", "todo",
+        "arrived", "bare", "end", "hashed", "hasher", "hashing", "islands", "known", "seen", "todo",
     )  # fmt: skip
 
     def __init__(self, *, end: int, bare: bool) -> None:
@@ -82,7 +81,6 @@ class Pieces:
         self.hashed = HEADER_BYTES
         self.hashing = False
         self.known: dict[str, int] = {}
-        self.probing: set[str] = set()
         self.seen: Seen | None = None
 
     @property
@@ -117,15 +115,11 @@ class Pieces:
         self.todo.append((begin, end))
         self.todo.sort()
 
-    def landed(self, begin: int, end: int) -> bool:
-        """Note a piece; True when the part that is complete from the start has grown."""
-        if begin != self.arrived:
-            self.islands[begin] = end
-            return False
-        self.arrived = end
+    def landed(self, begin: int, end: int) -> None:
+        """Note a piece; `arrived` grows when it is the next in order."""
+        self.islands[begin] = end
         while self.arrived in self.islands:
             self.arrived = self.islands.pop(self.arrived)
-        return True
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,6 @@ from hotset.transport.job import Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hotset.transport.header import Seen
     from hotset.transport.job import Pieces, Track
     from hotset.transport.slab import Slab
     from hotset.transport.storage import StorageJob
@@ -29,9 +28,7 @@ def judge(slab: Slab, track: Track, peer: str) -> Verdict:
     if seen.differs:
         return Verdict(Status.STALE, error=seen.differs)
     found = checksum(slab.memory.read(dest.offset + HEADER_BYTES, expect.nbytes))
-    if found == seen.checksum:
-        return Verdict(Status.DONE, found, seen.epoch)
-    return compare(seen, found)
+    return _compare(found, seen.checksum, epoch=seen.epoch)
 
 
 def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict:
@@ -41,22 +38,17 @@ def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict
         seen = inspect(slab.memory.read(track.item.dest.offset, HEADER_BYTES), track.expect(peer))
     found = pieces.hasher.intdigest()
     wanted = track.item.expect.checksum
-    if seen is None and wanted is None:
-        return Verdict(Status.STALE, error="no header tells the checksum of the bytes")
     if seen is None:  # the source was still filling: what was asked for decides
-        assert wanted is not None  # noqa: S101 - returned above
-        return _match(found, wanted, 0)
+        if wanted is None:
+            return Verdict(Status.STALE, error="no header tells the checksum of the bytes")
+        return _compare(found, wanted)
     if seen.differs:
         return Verdict(Status.STALE, error=seen.differs)
-    return compare(seen, found)
+    return _compare(found, seen.checksum, epoch=seen.epoch)
 
 
-def compare(seen: Seen, found: int) -> Verdict:
-    """Compare a payload's checksum with its header's."""
-    return _match(found, seen.checksum, seen.epoch)
-
-
-def _match(found: int, wanted: int, epoch: int) -> Verdict:
+def _compare(found: int, wanted: int, *, epoch: int = 0) -> Verdict:
+    """Compare a payload's checksum with the one that it must have."""
     if found != wanted:
         error = f"the bytes do not match their checksum: {found:x}, expected {wanted:x}"
         return Verdict(Status.STALE, error=error)

@@ -29,7 +29,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hotset.errors import DependencyError, PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
+from hotset.transport.base import (
+    Backend,
+    PeerInfo,
+    PostState,
+    Span,
+    describe_store,
+    other_backend,
+    outside,
+    refuse_older,
+    registered_twice,
+    require_own,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +152,6 @@ class NixlBackend(Backend):
         self._nixl: Any = None
         self._memory: Any = None
         self._device = 0
-        self._identity = ""
         self._peers: dict[str, _Peer] = {}
         self._leaving: dict[str, _Peer] = {}
         self._posts: dict[int, _Post] = {}
@@ -158,17 +168,16 @@ class NixlBackend(Backend):
     def register(self, slab: Slab) -> None:
         """Create the agent and register the slab. Raises DependencyError, TransportError."""
         if self._slab is not None:
-            raise TransportError("a slab is registered already", remedy="one backend per store")
+            raise registered_twice()
         nixl = _bindings(device=slab.device)
         config = nixl.nixlAgentConfig()
         config.useProgThread = True
         config.pthrDelay = PROGRESS_DELAY_US
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
-        self._identity = _agent_name(slab.name, slab.incarnation)
         self._device = _device_index(slab.device)
         self._memory = nixl.DRAM_SEG if slab.device == "cpu" else nixl.VRAM_SEG
         try:
-            agent = nixl.nixlAgent(self._identity, config)
+            agent = nixl.nixlAgent(_agent_name(slab.name, slab.incarnation), config)
             backend = agent.createBackend("UCX", {})
             region = [(slab.base_address, slab.nbytes, self._device, "")]
             agent.registerMem(nixl.nixlRegDList(self._memory, region), [backend])
@@ -181,20 +190,8 @@ class NixlBackend(Backend):
 
     def info(self, *, name: str, incarnation: int) -> PeerInfo:
         """Describe this side to peers. Raises TransportError before `register`."""
-        if self._slab is None or _agent_name(name, incarnation) != self._identity:
-            raise TransportError(
-                f"no slab of {name}:{incarnation} is registered",
-                remedy="give the slab and the engine the same name and incarnation",
-            )
-        return PeerInfo(
-            name=name,
-            incarnation=incarnation,
-            backend=self.name,
-            backend_metadata=bytes(self._agent.getLocalMD()),
-            base_address=self._slab.base_address,
-            nbytes=self._slab.nbytes,
-            device=self._slab.device,
-        )
+        slab = require_own(self._slab, name=name, incarnation=incarnation)
+        return describe_store(slab, backend=self.name, metadata=bytes(self._agent.getLocalMD()))
 
     def connect(self, peer: PeerInfo) -> None:
         """Load a peer's metadata; replaces an older incarnation, refuses to go back to one."""
@@ -303,11 +300,7 @@ class NixlBackend(Backend):
             near.append((here + local, nbytes, self._device))
             far.append((there + remote, nbytes, peer.device))
         if not near:
-            raise TransportError(
-                f"a read from {peer.info.name!r} leaves its slab of {far_room} bytes "
-                f"or ours of {room}",
-                remedy="refresh the directory of copies",
-            )
+            raise outside(peer.info.name, local=room, remote=far_room)
         return near, far
 
     def _advance(self, post: _Post, ask: Any) -> None:

@@ -22,7 +22,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
+from hotset.transport.base import (
+    Backend,
+    PeerInfo,
+    PostState,
+    Span,
+    describe_store,
+    other_backend,
+    refuse_older,
+    refuse_outside,
+    registered_twice,
+    require_own,
+)
 from hotset.transport.mapping import Mapping
 from hotset.transport.memory import HostMemory
 from hotset.transport.place import decode_place, describe_memory, open_place
@@ -64,7 +75,7 @@ class ShmBackend(Backend):
     def register(self, slab: Slab) -> None:
         """Keep the slab, which must be host memory. Raises TransportError."""
         if self._slab is not None:
-            raise TransportError("a slab is registered already", remedy="one backend per store")
+            raise registered_twice()
         if slab.device != "cpu":
             raise TransportError(
                 f"store {slab.name!r} is on {slab.device}, which cannot be mapped",
@@ -74,21 +85,8 @@ class ShmBackend(Backend):
 
     def info(self, *, name: str, incarnation: int) -> PeerInfo:
         """Describe this side to peers. Raises TransportError before `register`."""
-        slab = self._slab
-        if slab is None or (name, incarnation) != (slab.name, slab.incarnation):
-            raise TransportError(
-                f"no slab of {name}:{incarnation} is registered",
-                remedy="give the slab and the engine the same name and incarnation",
-            )
-        return PeerInfo(
-            name=name,
-            incarnation=incarnation,
-            backend=self.name,
-            backend_metadata=describe(slab),
-            base_address=slab.base_address,
-            nbytes=slab.nbytes,
-            device=slab.device,
-        )
+        slab = require_own(self._slab, name=name, incarnation=incarnation)
+        return describe_store(slab, backend=self.name, metadata=describe(slab))
 
     def connect(self, peer: PeerInfo) -> None:
         """Map a peer; replaces an older incarnation, refuses to go back to one.
@@ -131,17 +129,7 @@ class ShmBackend(Backend):
         entry, slab = self._peers.get(peer), self._slab
         if entry is None or slab is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
-        if any(
-            span.local_offset + span.nbytes > slab.nbytes
-            or span.remote_offset + span.nbytes > entry.info.nbytes
-            or min(span.local_offset, span.remote_offset, span.nbytes) < 0
-            for span in spans
-        ):
-            raise TransportError(
-                f"a read from {peer!r} leaves its slab of {entry.info.nbytes} bytes "
-                f"or ours of {slab.nbytes}",
-                remedy="refresh the directory of copies",
-            )
+        refuse_outside(spans, peer=peer, local=slab.nbytes, remote=entry.info.nbytes)
         local, remote, copy = slab.base_address, entry.memory.address, ctypes.memmove
         for span in spans:
             copy(local + span.local_offset, remote + span.remote_offset, span.nbytes)

@@ -25,7 +25,18 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from hotset.errors import PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
+from hotset.transport.base import (
+    Backend,
+    PeerInfo,
+    PostState,
+    Span,
+    describe_store,
+    other_backend,
+    refuse_older,
+    refuse_outside,
+    registered_twice,
+    require_own,
+)
 from hotset.transport.handshake import Identity
 from hotset.transport.listener import Listener, check_host
 from hotset.transport.tcp_link import PURPOSE, Link, Post
@@ -93,7 +104,7 @@ class TcpBackend(Backend):
     def register(self, slab: Slab) -> None:
         """Listen for readers of the slab. Raises ConfigError, TransportError."""
         if self._slab is not None:
-            raise TransportError("a slab is registered already", remedy="one backend per store")
+            raise registered_twice()
         memory = slab.memory
         self._listener = Listener(
             host=self._host,
@@ -107,21 +118,11 @@ class TcpBackend(Backend):
 
     def info(self, *, name: str, incarnation: int) -> PeerInfo:
         """Describe this side to peers. Raises TransportError before `register`."""
-        slab, listener = self._slab, self._listener
-        if slab is None or listener is None or (name, incarnation) != (slab.name, slab.incarnation):
-            raise TransportError(
-                f"no slab of {name}:{incarnation} is registered",
-                remedy="give the slab and the engine the same name and incarnation",
-            )
-        host, port = listener.address
-        return PeerInfo(
-            name=name,
-            incarnation=incarnation,
-            backend=self.name,
-            backend_metadata=msgspec.msgpack.encode(_Place(host, port)),
-            base_address=slab.base_address,
-            nbytes=slab.nbytes,
-            device=slab.device,
+        slab = require_own(self._slab, name=name, incarnation=incarnation)
+        assert self._listener is not None  # noqa: S101 - made before the slab is kept
+        host, port = self._listener.address
+        return describe_store(
+            slab, backend=self.name, metadata=msgspec.msgpack.encode(_Place(host, port))
         )
 
     def connect(self, peer: PeerInfo) -> None:
@@ -167,7 +168,12 @@ class TcpBackend(Backend):
         entry = self._peers.get(peer)
         if entry is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
-        _check(spans, local=self._require_slab().nbytes, remote=entry.info.nbytes, peer=peer)
+        if len(spans) > MOST_RANGES:
+            raise TransportError(
+                f"a read from {peer!r} has over {MOST_RANGES} spans", remedy="read fewer at once"
+            )
+        local = self._require_slab().nbytes
+        refuse_outside(spans, peer=peer, local=local, remote=entry.info.nbytes)
         handle = next(self._numbers)
         post = Post(
             handle,
@@ -237,17 +243,3 @@ def _decode(peer: PeerInfo) -> _Place:
 def _life(info: PeerInfo) -> tuple[object, ...]:
     """What makes another connection necessary when it differs."""
     return info.incarnation, info.backend_metadata, info.nbytes, info.device
-
-
-def _check(spans: Sequence[Span], *, local: int, remote: int, peer: str) -> None:
-    if len(spans) > MOST_RANGES or any(
-        span.local_offset + span.nbytes > local
-        or span.remote_offset + span.nbytes > remote
-        or min(span.local_offset, span.remote_offset, span.nbytes) < 0
-        for span in spans
-    ):
-        raise TransportError(
-            f"a read from {peer!r} has over {MOST_RANGES} spans, or leaves its slab of {remote} "
-            f"bytes or ours of {local}",
-            remedy="refresh the directory of copies",
-        )

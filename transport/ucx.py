@@ -27,7 +27,19 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from hotset.errors import HotsetError, PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, Span, other_backend, refuse_older
+from hotset.transport.base import (
+    Backend,
+    PeerInfo,
+    PostState,
+    Span,
+    describe_store,
+    other_backend,
+    outside,
+    refuse_older,
+    refuse_outside,
+    registered_twice,
+    require_own,
+)
 from hotset.transport.listener import check_host
 from hotset.transport.nixl import merge
 from hotset.transport.ucx_bindings import CONFIG, choose, why_not
@@ -88,7 +100,7 @@ class UcxBackend(Backend):
     def register(self, slab: Slab) -> None:
         """Start UCX and listen. Raises DependencyError, TransportError."""
         if self._slab is not None:
-            raise TransportError("a slab is registered already", remedy="one backend per store")
+            raise registered_twice()
         opener = choose()
         thread = _Thread(
             slab, opener, config=_config(self._host), token=self._token, port=self._port
@@ -98,20 +110,9 @@ class UcxBackend(Backend):
 
     def info(self, *, name: str, incarnation: int) -> PeerInfo:
         """Describe this side to peers. Raises TransportError before `register`."""
-        slab = self._slab
-        if slab is None or (name, incarnation) != (slab.name, slab.incarnation):
-            raise TransportError(
-                f"no slab of {name}:{incarnation} is registered",
-                remedy="give the slab and the engine the same name and incarnation",
-            )
-        return PeerInfo(
-            name=name,
-            incarnation=incarnation,
-            backend=self.name,
-            backend_metadata=msgspec.msgpack.encode(_Door(self._host, self._port)),
-            base_address=slab.base_address,
-            nbytes=slab.nbytes,
-            device=slab.device,
+        slab = require_own(self._slab, name=name, incarnation=incarnation)
+        return describe_store(
+            slab, backend=self.name, metadata=msgspec.msgpack.encode(_Door(self._host, self._port))
         )
 
     def connect(self, peer: PeerInfo) -> None:
@@ -142,18 +143,9 @@ class UcxBackend(Backend):
         info, slab = self._peers.get(peer), self._slab
         if info is None or slab is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
-        if not spans or any(
-            span.local_offset + span.nbytes > slab.nbytes
-            or span.remote_offset + span.nbytes > info.nbytes
-            or min(span.local_offset, span.remote_offset) < 0
-            or span.nbytes < 1
-            for span in spans
-        ):
-            raise TransportError(
-                f"a read from {peer!r} leaves its slab of {info.nbytes} bytes "
-                f"or ours of {slab.nbytes}",
-                remedy="refresh the directory of copies",
-            )
+        refuse_outside(spans, peer=peer, local=slab.nbytes, remote=info.nbytes)
+        if not spans or any(span.nbytes < 1 for span in spans):  # UCX has no empty message
+            raise outside(peer, local=slab.nbytes, remote=info.nbytes)
         read = Read(peer, merge(spans))
         self._order(lambda thread: thread.reads.start(read))
         handle, self._next = self._next, self._next + 1
