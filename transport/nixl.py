@@ -57,8 +57,9 @@ UCX_DEFAULTS: Final = {
     "UCX_TCP_KEEPINTVL": "1s",
     "UCX_TCP_KEEPCNT": "3",
 }
-RETRY_NS: Final = 250_000_000
-MOST_DOUBLINGS: Final = 7
+RETRY_NS: Final = 5_000_000_000  # longer than a cluster needs to strike off a dead store
+MOST_DOUBLINGS: Final = 4
+_REJOINS: Final = "read another copy; it will rejoin"
 _REMEDY: Final = "pip install nixl"
 _WHEELS: Final = ("nixl_cu13", "nixl_cu12")
 NIXL_MODULES: Final = tuple(f"{name}._bindings" for name in ("nixl", *_WHEELS))
@@ -103,7 +104,7 @@ class _Peer:
     in_flight: int = 0
     leaving: bool = False
     lost: bool = False  # NIXL gave the connection up, and would for ever answer so
-    losses: int = 0  # in a row
+    reloads: int = 0  # since it last answered
     retry_ns: int = 0  # not before this is it tried anew
 
 
@@ -197,6 +198,8 @@ class NixlBackend(Backend):
         """Load a peer's metadata; replaces an older incarnation, refuses to go back to one."""
         known = self._peers.get(peer.name)
         if known is not None and known.info == peer:
+            if known.lost and not known.in_flight:  # it was the network, and somebody knows better
+                self._reload(known)
             return
         if peer.backend != self.name:
             raise other_backend(peer, self.name)
@@ -244,7 +247,9 @@ class NixlBackend(Backend):
         if entry is None or slab is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
         near, far = self._descriptors(entry, slab, spans)
-        if entry.lost and entry.in_flight == 0:  # it may have been the network: try anew
+        if entry.lost:
+            if entry.in_flight or time.monotonic_ns() < entry.retry_ns:
+                raise PeerGoneError(f"store {peer!r} was lost", remedy=_REJOINS)
             self._reload(entry)
         nixl, agent = self._nixl, self._agent
         try:
@@ -308,29 +313,32 @@ class NixlBackend(Backend):
             status = ask(post.request)
         except Exception as error:  # noqa: BLE001 - NIXL's errors share no root; told as ERROR
             post.state, post.error = PostState.ERROR, str(self._typed(error, post.peer.info.name))
-            self._note_loss(post.peer)
+            self._lose(post.peer)
             return
         if status == self._nixl.NIXL_SUCCESS:
             post.state = PostState.DONE
-            post.peer.losses = 0
+            post.peer.reloads = 0
         elif status != self._nixl.NIXL_IN_PROG:
             post.state, post.error = PostState.ERROR, f"NIXL reports {status}"
 
-    def _note_loss(self, peer: _Peer) -> None:
+    def _lose(self, peer: _Peer) -> None:
         if not peer.lost:
             peer.lost = True
-            wait_ns = RETRY_NS << min(peer.losses, MOST_DOUBLINGS) if peer.losses else 0
-            peer.retry_ns = time.monotonic_ns() + wait_ns
-            peer.losses += 1
+            peer.retry_ns = time.monotonic_ns() + (RETRY_NS << min(peer.reloads, MOST_DOUBLINGS))
 
     def _reload(self, peer: _Peer) -> None:
-        """Connect anew: at once the first time, then ever more seldom (it costs descriptors)."""
-        if time.monotonic_ns() < peer.retry_ns:
-            raise PeerGoneError(
-                f"store {peer.info.name!r} was lost", remedy="read another copy; it will rejoin"
-            )
+        """Load a lost peer's metadata anew. Raises PeerGoneError, and leaves it lost.
+
+        UCX leaks a socket when the address refuses, so a dead peer must not be tried at every read.
+        """
+        peer.reloads += 1
+        peer.retry_ns = time.monotonic_ns() + (RETRY_NS << min(peer.reloads, MOST_DOUBLINGS))
         self._agent.invalidateRemoteMD(peer.agent)
-        self._load(peer.agent, peer.info.backend_metadata)
+        try:
+            self._load(peer.agent, peer.info.backend_metadata)
+        except TransportError as error:
+            what = f"store {peer.info.name!r} is gone ({error.what})"
+            raise PeerGoneError(what, remedy=_REJOINS) from error
         peer.lost = False
 
     def _drop_if_idle(self, peer: _Peer) -> None:
@@ -341,9 +349,7 @@ class NixlBackend(Backend):
     def _typed(self, error: Exception, peer: str) -> TransportError:
         gone = (self._nixl.nixlRemoteDisconnectError, self._nixl.nixlNotFoundError)
         if isinstance(error, gone):
-            return PeerGoneError(
-                f"store {peer!r} is gone ({error})", remedy="read another copy; it will rejoin"
-            )
+            return PeerGoneError(f"store {peer!r} is gone ({error})", remedy=_REJOINS)
         return TransportError(f"a read from {peer!r} failed ({error})", remedy="read another copy")
 
 

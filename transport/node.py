@@ -87,8 +87,6 @@ class NodeBackend(Backend):
     def connect(self, peer: PeerInfo) -> None:
         """Make a peer readable the shortest way. A peer of the plain NIXL backend is welcome."""
         known = self._peers.get(peer.name)
-        if known == peer:
-            return
         refuse_older(peer, known)
         if peer.backend == self.name:
             metadata = _decode(peer)
@@ -96,6 +94,10 @@ class NodeBackend(Backend):
             metadata = _Metadata(nixl=peer.backend_metadata, shm=b"")
         else:
             raise other_backend(peer, self.name)
+        if known == peer:
+            if self._ways[peer.name] is self._nixl:  # which may have lost it
+                self._connect_nixl(peer, metadata)
+            return
         way = self._connect(peer, metadata)
         former = self._ways.get(peer.name)
         if former is not None and former is not way:
@@ -113,8 +115,11 @@ class NodeBackend(Backend):
                 self._refuse(peer.name, error.what)
             else:
                 return self._shm
-        self._nixl.connect(replace(peer, backend=self._nixl.name, backend_metadata=metadata.nixl))
+        self._connect_nixl(peer, metadata)
         return self._nixl
+
+    def _connect_nixl(self, peer: PeerInfo, metadata: _Metadata) -> None:
+        self._nixl.connect(replace(peer, backend=self._nixl.name, backend_metadata=metadata.nixl))
 
     def _refuse(self, peer: str, reason: str) -> None:
         if not self.refusals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from hotset.errors import DependencyError, PeerGoneError, TransportError
 from hotset.transport.base import Status
 from hotset.transport.nixl import NixlBackend, merge
 from hotset.transport.slab import SlotState
+from tests.transport.leaks import footprint
 from tests.transport.peer import PeerProcess, Store, build
 from tests.transport.worlds import NBYTES, deadline, until
 
@@ -69,6 +71,22 @@ def test_a_peer_that_died_before_the_first_read(sink: Store) -> None:
     sink.engine.connect(peer.info)
     peer.kill()
     assert _read(sink, peer).wait().status is Status.FAILED
+
+
+def test_reads_from_a_dead_peer_leave_no_descriptors_behind(sink: Store) -> None:
+    """UCX leaks a socket for each connection that is refused, so few may be tried."""
+    peer = PeerProcess(name="source", incarnation=1, **SHAPE)
+    sink.engine.connect(peer.info)
+    assert _read(sink, peer).wait().status is Status.DONE
+    peer.kill()
+    assert _read(sink, peer).wait().status is Status.FAILED
+    assert until(lambda: sink.engine.quarantined == 0)
+    before = footprint(os.getpid())
+    for _ in range(200):
+        assert _read(sink, peer).wait().status is Status.FAILED
+    assert footprint(os.getpid()).since(before).fds <= 1
+    with pytest.raises(PeerGoneError):  # whoever connects it again is told
+        sink.engine.connect(peer.info)
 
 
 def test_a_frozen_peer_times_out_and_slots_return_only_after_it_answers(
