@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 DEAD_AFTER_NS = 3_000_000_000
 TICK_NS = 1_000_000_000
+RECORDS_BYTES = 4 << 20
+"""Most bytes of the journal that one call of `records` returns."""
 
 
 class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +74,34 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     floors: dict[int, str] = msgspec.field(default_factory=dict)
     default_floor: str = "bf16"
     mode: str = "active"
+
+
+class Records(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a run's journal: `frames` from byte `offset` on, the last one perhaps cut."""
+
+    spec: ControlSpec
+    offset: int
+    frames: bytes
+
+
+def make_brain(spec: ControlSpec) -> ClusterBrain:
+    """Build the brain of a run; fed with the run's journal it gives the run's commands again."""
+    return ClusterBrain(
+        blocks=tuple(
+            BlockInfo(
+                block=BlockId(layer, index),
+                nbytes=spec.nbytes,
+                reduced_nbytes=spec.reduced_nbytes,
+            )
+            for layer in spec.layers
+            for index in range(spec.num_experts)
+        ),
+        config=PolicyConfig(
+            hbm_reduced_ratio=spec.reduced_ratio,
+            floor={layer: Format(name) for layer, name in spec.floors.items()},
+            default_floor=Format(spec.default_floor),
+        ),
+    )
 
 
 @dataclass(slots=True)
@@ -98,22 +128,7 @@ class ControlCore:
         self.spec = spec
         self._clock_ns = clock_ns
         self.incarnation = clock_ns()
-        self._brain = ClusterBrain(
-            blocks=tuple(
-                BlockInfo(
-                    block=BlockId(layer, index),
-                    nbytes=spec.nbytes,
-                    reduced_nbytes=spec.reduced_nbytes,
-                )
-                for layer in spec.layers
-                for index in range(spec.num_experts)
-            ),
-            config=PolicyConfig(
-                hbm_reduced_ratio=spec.reduced_ratio,
-                floor={layer: Format(name) for layer, name in spec.floors.items()},
-                default_floor=Format(spec.default_floor),
-            ),
-        )
+        self._brain = make_brain(spec)
         self._members: dict[str, _Seen] = {}
         self._membership_version = 0
         self._vetoes: Counter[str] = Counter()
@@ -126,6 +141,9 @@ class ControlCore:
         if replay and journal.exists():
             self._replay(journal)
         self._journal = JournalWriter(journal)
+        fresh = journal.with_name("run.json.new")
+        fresh.write_bytes(msgspec.json.encode(spec))
+        fresh.replace(journal.with_name("run.json"))  # a reader never sees half of it
 
     # --- calls from stores ----------------------------------------------------------------------
 
@@ -233,6 +251,14 @@ class ControlCore:
     def why(self, block: BlockId) -> tuple[tuple[StoryLine, ...], tuple[Copy, ...]]:
         """Story and listed copies of a block."""
         return self._brain.story_lines(block), self._brain.copies(block)
+
+    def records(self, offset: int) -> Records:
+        """What an observer at `offset` of the journal is missing, and the spec to read it with."""
+        path = Path(self.spec.run_dir) / "journal.msgpack"
+        with path.open("rb") as file:
+            file.seek(offset)
+            frames = file.read(RECORDS_BYTES)
+        return Records(spec=self.spec, offset=offset, frames=frames)
 
     def close(self) -> None:
         """Write the journal out."""

@@ -70,6 +70,10 @@ class Controller:
         """MessagePack of [story lines, copies] of a block."""
         return msgspec.msgpack.encode(self._core.why(BlockId(layer, index)))
 
+    def records(self, offset: int) -> bytes:
+        """MessagePack of `Records`: the journal from a byte on, for the live page."""
+        return msgspec.msgpack.encode(self._core.records(offset))
+
     def replayed(self) -> int:
         """Events that were recovered from the journal at birth."""
         return self._core.replayed
