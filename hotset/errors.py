@@ -3,6 +3,7 @@
     HotsetError
     |-- ConfigError           the user's configuration or arguments cannot work          (exit 2)
     |-- CheckpointError       the checkpoint is missing, truncated or of an unknown kind (exit 2)
+    |-- FormatError           an encoded block is truncated, damaged or of another layout  (exit 1)
     |-- DependencyError       an optional package or a service is absent                 (exit 1)
     |-- ClusterError          Ray or an actor of ours is not there                       (exit 1)
     |-- TransportError        a transfer ended without its bytes
@@ -23,6 +24,7 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DependencyError",
+    "FormatError",
     "HotsetError",
     "InvalidTransition",
     "PeerGoneError",
@@ -69,6 +71,10 @@ class CheckpointError(HotsetError):
     """The checkpoint is missing, truncated or of a kind that hotset does not know."""
 
     exit_code = 2
+
+
+class FormatError(HotsetError):
+    """An encoded block is truncated, damaged, of another layout, or newer than this version."""
 
 
 class DependencyError(HotsetError):

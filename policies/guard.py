@@ -22,7 +22,10 @@ QUALITY: Mapping[Format, int] = {
     Format.FP8: 80,
     Format.INT8: 80,
     Format.LOWRANK: 50,
+    Format.NF4: 41,
     Format.INT4: 40,
+    Format.INT3: 30,
+    Format.INT2: 20,
 }
 """How close a format is to the checkpoint's precision; `bf16z` is lossless, so it equals `bf16`."""
 

@@ -20,6 +20,9 @@ class Format(StrEnum):
     INT4 = "int4"
     BF16Z = "bf16z"
     LOWRANK = "lowrank"
+    NF4 = "nf4"
+    INT3 = "int3"
+    INT2 = "int2"
 
 
 FORMAT_CODES = {fmt: code for code, fmt in enumerate(Format, start=1)}

@@ -55,16 +55,19 @@ def encode(layout: BlockLayout, payload: torch.Tensor) -> torch.Tensor:
 
 
 def test_codes_are_stable() -> None:
-    assert {name.value: c.code for name, c in CODECS.items()} == {"bf16": 1, "int8": 3}
-    assert {code: c.name for code, c in CODECS_BY_CODE.items()} == {
-        1: Format.BF16,
-        3: Format.INT8,
+    expected = {
+        "bf16": 1, "fp8": 2, "int8": 3, "int4": 4, "bf16z": 5, "nf4": 7, "int3": 8, "int2": 9,
+    }  # fmt: skip
+    assert {name.value: c.code for name, c in CODECS.items()} == expected
+    assert {code: c.name.value for code, c in CODECS_BY_CODE.items()} == {
+        code: name for name, code in expected.items()
     }
 
 
-def test_a_format_without_codec_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="format int4 cannot be made yet"):
-        codec("int4")
+@pytest.mark.parametrize("name", ["lowrank", "int7"])
+def test_a_format_without_codec_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"format {name} cannot be made"):
+        codec(name)
 
 
 def test_full_is_the_same_bytes_without_a_copy() -> None:

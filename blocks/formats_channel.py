@@ -1,0 +1,164 @@
+"""Formats with one scale per output channel: `int8` (symmetric) and `fp8` (e4m3).
+
+Body: for each field, in the layout's order, its 8-bit values in the field's own shape (a bias: its
+own bytes), then for each matrix its scales. Scales are bfloat16 in a bfloat16 model, else float32.
+e4m3 is the OCP form (bias 7, no infinity, largest 448), as torch's float8_e4m3fn.
+
+Must not know where a payload is. Error of int8: half a scale; of fp8: 1/16 of the value, or 2**-10
+scales for the smallest; then one rounding of the model's type.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from hotset.blocks.experts import ExpertWeights, layout_dtype
+from hotset.blocks.formats_base import (
+    Section,
+    SectionCodec,
+    check_finite,
+    field_values,
+    is_matrix,
+    not_finite,
+    scale_dtype,
+    scale_limit,
+)
+from hotset.policies.types import Format
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.blocks.checkpoint import BlockLayout
+
+_CHUNK = 128  # output channels quantised at a time, so that the float32 copy stays in cache
+_SCALE_SLACK = 1 + 2**-8  # a bf16 scale rounds by at most 2**-8, so no weight exceeds the range
+_SMALLEST = 1e-30  # amplitude of an all-zero channel
+
+
+class ChannelCodec(SectionCodec):
+    """8-bit values and a scale per output channel. `top` is the largest value."""
+
+    top: float
+    kind: torch.dtype
+
+    @abstractmethod
+    def to_values(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Round float32 weights in units of their scale; they are used up."""
+
+    def sections(self, layout: BlockLayout) -> Sequence[Section]:
+        """As `SectionCodec.sections`."""
+        width = layout_dtype(layout).itemsize
+        item = scale_dtype(layout).itemsize
+        values = [
+            Section(role=f.role, nbytes=f.nbytes // width if is_matrix(f) else f.nbytes)
+            for f in layout.fields
+        ]
+        scales = [
+            Section(role=f"{f.role}_scale", nbytes=f.shape[_scaled_dim(layout)] * item)
+            for f in layout.fields
+            if is_matrix(f)
+        ]
+        return values + scales
+
+    def encode_body(
+        self, src: torch.Tensor, layout: BlockLayout, body: torch.Tensor
+    ) -> tuple[int, int]:
+        """As `BodyCodec.encode_body`."""
+        check_finite(src, layout)
+        self.clear_gaps(body, layout)
+        stored = self.split(body, layout)
+        dim = _scaled_dim(layout)
+        for field in layout.fields:
+            weight = field_values(src, layout, field)
+            if not is_matrix(field):
+                stored[field.role].view(weight.dtype).view(weight.shape).copy_(weight)
+                continue
+            values = stored[field.role].view(self.kind).view(field.shape)
+            scales = stored[f"{field.role}_scale"].view(scale_dtype(layout))
+            for start in range(0, field.shape[dim], _CHUNK):
+                size = min(_CHUNK, field.shape[dim] - start)
+                part = weight.narrow(dim, start, size).to(torch.float32, copy=True)
+                scale = self._scale(part, layout)
+                values.narrow(dim, start, size).copy_(self.to_values(part.div_(scale.float())))
+                scales.narrow(0, start, size).copy_(scale.flatten())
+        return 0, body.numel()
+
+    def _scale(self, weight: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+        amplitude = weight.abs().amax(dim=_channel_dim(layout), keepdim=True)
+        if not bool(torch.isfinite(amplitude).all()):
+            raise not_finite()
+        scale = amplitude.clamp_min(_SMALLEST) / self.top * _SCALE_SLACK
+        return scale.clamp_max(scale_limit(layout, self.top)).to(scale_dtype(layout))
+
+    def decode_body(
+        self, body: torch.Tensor, layout: BlockLayout, out: torch.Tensor, *, mode: int
+    ) -> None:
+        """As `BodyCodec.decode_body`."""
+        del mode
+        stored = self.view_body(body, layout)
+        for field in layout.fields:
+            target = field_values(out, layout, field)
+            values = getattr(stored, field.role)
+            if not is_matrix(field):
+                target.copy_(values)
+                continue
+            scale = getattr(stored, f"{field.role}_scale").unsqueeze(_channel_dim(layout))
+            target.copy_(values.to(torch.float32).mul_(scale))
+
+    def view_body(self, body: torch.Tensor, layout: BlockLayout) -> ExpertWeights:
+        """View 8-bit matrices with their scales."""
+        stored = self.split(body, layout)
+        tensors: dict[str, torch.Tensor] = {}
+        for field in layout.fields:
+            kind = self.kind if is_matrix(field) else layout_dtype(layout)
+            tensors[field.role] = stored[field.role].view(kind).view(field.shape)
+            if is_matrix(field):
+                role = f"{field.role}_scale"
+                tensors[role] = stored[role].view(scale_dtype(layout))
+        return ExpertWeights(**tensors)
+
+
+class Int8Codec(ChannelCodec):
+    """Symmetric int8, -127..127. Compute reads it straight."""
+
+    name = Format.INT8
+    direct = True
+    top = 127.0
+    kind = torch.int8
+
+    def to_values(self, scaled: torch.Tensor) -> torch.Tensor:
+        """As `ChannelCodec.to_values`."""
+        return scaled.round_().clamp_(-self.top, self.top)
+
+
+class Fp8Codec(ChannelCodec):
+    """e4m3 with three bits of mantissa: finer than int8 near zero, coarser at the top."""
+
+    name = Format.FP8
+    top = 448.0
+    kind = torch.float8_e4m3fn
+
+    def to_values(self, scaled: torch.Tensor) -> torch.Tensor:
+        """As `ChannelCodec.to_values`; beyond the top the cast would give NaN."""
+        return scaled.clamp_(-self.top, self.top).to(torch.float8_e4m3fn)
+
+    def views(
+        self, payload: torch.Tensor, layout: BlockLayout, *, scratch: torch.Tensor | None = None
+    ) -> ExpertWeights:
+        """As `Codec.views`; torch has no product that takes fp8 weights with bf16 rows here."""
+        if scratch is None:
+            raise ValueError("compute cannot read format fp8: pass scratch to decode into")
+        return super().views(payload, layout, scratch=scratch)
+
+
+def _channel_dim(layout: BlockLayout) -> int:
+    """Give the dimension along which one output channel extends (its inputs)."""
+    return 0 if layout.transposed else 1
+
+
+def _scaled_dim(layout: BlockLayout) -> int:
+    """Give the dimension that counts output channels."""
+    return 1 if layout.transposed else 0

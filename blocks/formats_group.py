@@ -1,0 +1,192 @@
+"""Formats with 64 weights to a scale and a few bits to a weight: `int4`, `nf4`, `int3`, `int2`.
+
+A matrix is cut into groups of 64 neighbours in the order of the payload. A weight is `scale` times
+a level of the format's codebook, and the code is the level's index:
+
+| format | levels | bits a weight with its bf16 scale |
+|---|---|---|
+| int4 | -8 .. 7 | 4.25 |
+| nf4 | quantiles of the normal distribution (Dettmers et al., QLoRA, 2023) | 4.25 |
+| int3 | -4 .. 3 | 3.25 |
+| int2 | -1.5, -0.5, 0.5, 1.5 | 2.25 |
+
+The scale's sign is chosen so that the group's largest weight meets the outermost level, as in the
+Q4_0 format of ggml, and its size by trying a few shares of the largest weight and keeping the one
+with the least squared error; so an outlier is cut off where that helps the other 63.
+
+Body: for each field its codes (a bias: its own bytes), then for each matrix its scales (bfloat16
+in a bfloat16 model, else float32). Codes of a group: 4 bits, byte j has weight j low and j + 32
+high. 2 bits, byte j has weights j, j + 16, j + 32, j + 48 from the lowest bits up. 3 bits, the two
+lower bits so, then 8 bytes in which byte j has the third bit of weights j, j + 8, ... upwards. The
+last group is filled up with zeros, which are cut off on decoding.
+
+Must not know where a payload is. Invariants: the squared error of a group is at most that of plain
+rounding to the full range; an all-zero group stays zero.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from hotset.blocks.experts import layout_dtype
+from hotset.blocks.formats_base import (
+    Section,
+    SectionCodec,
+    check_finite,
+    field_values,
+    is_matrix,
+    scale_dtype,
+    scale_limit,
+)
+from hotset.policies.types import Format
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.blocks.checkpoint import BlockLayout
+
+GROUP = 64
+_CHUNK = 8192  # groups at a time, so that the float32 copies stay in cache
+_SHARES_FINE = (1.0, 0.95, 0.9, 0.85, 0.8)
+_SHARES_COARSE = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51)
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class GroupCodec(SectionCodec):
+    """A codebook of `2 ** bits` levels, ascending, the lowest being the outermost."""
+
+    group = GROUP
+
+    def __init__(
+        self, name: Format, *, bits: int, levels: Sequence[float], shares: Sequence[float]
+    ) -> None:
+        """`shares` of the largest weight are tried as the outermost level; the first is 1."""
+        self.name = name
+        self.bits = bits
+        self.levels = tuple(levels)
+        self.shares = tuple(shares)
+
+    def sections(self, layout: BlockLayout) -> Sequence[Section]:
+        """As `SectionCodec.sections`."""
+        item = scale_dtype(layout).itemsize
+        values, scales = [], []
+        for field in layout.fields:
+            groups = _groups(field.shape)
+            if not is_matrix(field):
+                values.append(Section(role=field.role, nbytes=field.nbytes))
+                continue
+            values.append(Section(role=field.role, nbytes=groups * GROUP * self.bits // 8))
+            scales.append(Section(role=f"{field.role}_scale", nbytes=groups * item))
+        return values + scales
+
+    def encode_body(
+        self, src: torch.Tensor, layout: BlockLayout, body: torch.Tensor
+    ) -> tuple[int, int]:
+        """As `BodyCodec.encode_body`."""
+        check_finite(src, layout)
+        self.clear_gaps(body, layout)
+        stored = self.split(body, layout)
+        for field in layout.fields:
+            weight = field_values(src, layout, field)
+            if not is_matrix(field):
+                stored[field.role].view(weight.dtype).view(weight.shape).copy_(weight)
+                continue
+            codes = stored[field.role].view(-1, GROUP * self.bits // 8)
+            scales = stored[f"{field.role}_scale"].view(scale_dtype(layout))
+            flat = weight.reshape(-1)
+            for start in range(0, len(scales), _CHUNK):
+                part = flat[start * GROUP : (start + _CHUNK) * GROUP].to(torch.float32)
+                part = functional.pad(part, (0, -part.numel() % GROUP)).view(-1, GROUP)
+                found, scale = self._quantise(part, layout)
+                codes[start : start + _CHUNK].copy_(pack(found, bits=self.bits))
+                scales[start : start + _CHUNK].copy_(scale)
+        return 0, body.numel()
+
+    def _quantise(
+        self, weight: torch.Tensor, layout: BlockLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give codes u8 [G, 64] and scales [G] of float32 weights [G, 64]."""
+        levels = torch.tensor(self.levels, device=weight.device)
+        middles = (levels[1:] + levels[:-1]) / 2
+        high, low = weight.amax(dim=1), weight.amin(dim=1)
+        largest = torch.where(high >= -low, -high, -low)  # the outermost level is negative
+        top = -self.levels[0]
+        limit = scale_limit(layout, top)
+        best = torch.full_like(largest, torch.inf)
+        codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+        scales = torch.zeros_like(largest)
+        for share in self.shares:
+            scale = (largest * share / top).to(scale_dtype(layout)).float().clamp_(-limit, limit)
+            divisor = torch.where(scale == 0, 1.0, scale).unsqueeze(1)
+            found = torch.bucketize(weight / divisor, middles)
+            error = (levels[found] * scale.unsqueeze(1) - weight).square_().sum(dim=1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales = torch.where(better, scale, scales)
+            codes = torch.where(better.unsqueeze(1), found.to(torch.uint8), codes)
+        return codes, scales
+
+    def decode_body(
+        self, body: torch.Tensor, layout: BlockLayout, out: torch.Tensor, *, mode: int
+    ) -> None:
+        """As `BodyCodec.decode_body`."""
+        del mode
+        stored = self.split(body, layout)
+        levels = torch.tensor(self.levels, device=body.device)
+        for field in layout.fields:
+            target = field_values(out, layout, field)
+            if not is_matrix(field):
+                target.copy_(stored[field.role].view(layout_dtype(layout)))
+                continue
+            codes = unpack(stored[field.role].view(-1, GROUP * self.bits // 8), bits=self.bits)
+            scales = stored[f"{field.role}_scale"].view(scale_dtype(layout)).float()
+            values = (levels[codes.long()] * scales.unsqueeze(1)).view(-1)
+            target.view(-1).copy_(values[: target.numel()])
+
+
+def pack(codes: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Pack codes u8 [G, 64] into bytes u8 [G, 8 * bits]."""
+    if bits == 4:
+        return codes[:, :32] | codes[:, 32:] << 4
+    pairs = (codes & 3).view(-1, 4, 16)
+    low = pairs[:, 0] | pairs[:, 1] << 2 | pairs[:, 2] << 4 | pairs[:, 3] << 6
+    if bits == 2:
+        return low
+    ones = (codes >> 2).view(-1, 8, 8)
+    high = ones[:, 0].clone()
+    for place in range(1, 8):
+        high |= ones[:, place] << place
+    return torch.cat((low, high), dim=1)
+
+
+def unpack(packed: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """Give the codes u8 [G, 64] of bytes u8 [G, 8 * bits]."""
+    if bits == 4:
+        return torch.cat((packed & 15, packed >> 4), dim=1)
+    low = torch.cat([packed[:, :16] >> place & 3 for place in (0, 2, 4, 6)], dim=1)
+    if bits == 2:
+        return low
+    high = torch.cat([packed[:, 16:] >> place & 1 for place in range(8)], dim=1)
+    return low | high << 2
+
+
+def group_codecs() -> tuple[GroupCodec, ...]:
+    """Make the four formats."""
+    return (
+        GroupCodec(Format.INT4, bits=4, levels=range(-8, 8), shares=_SHARES_FINE),
+        GroupCodec(Format.NF4, bits=4, levels=NF4_LEVELS, shares=_SHARES_FINE),
+        GroupCodec(Format.INT3, bits=3, levels=range(-4, 4), shares=_SHARES_COARSE),
+        GroupCodec(Format.INT2, bits=2, levels=(-1.5, -0.5, 0.5, 1.5), shares=_SHARES_COARSE),
+    )
+
+
+def _groups(shape: tuple[int, ...]) -> int:
+    return -(-torch.Size(shape).numel() // GROUP)

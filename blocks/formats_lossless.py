@@ -1,0 +1,198 @@
+"""`bf16z`: the same weights in fewer bytes. Never changes a bit.
+
+Trained weights use few of the 256 exponents, so the exponent is what can be made smaller; sign and
+mantissa are noise. A bfloat16 payload is cut into a plane of sign and mantissa (one byte a weight)
+and its exponents. Modes:
+
+| mode | exponents | size |
+|---|---|---|
+| 0 raw | the payload as it is | 1: for other types, and when nothing is gained |
+| 1 window | 4 bits: distance from the lowest of 16 neighbouring exponents; weights outside are listed | about 3/4 |
+| 2 dense | one byte a weight, compressed by zstd | about 2/3, decodes slower |
+
+The planes follow ZipNN (Hershcovitch et al., 2024) and the fixed window NeuZip's and DFloat11's
+finding that exponents carry under 3 bits (Hao et al., 2024; Zhang et al., 2025).
+
+Body of mode 1: u32 number of listed weights, u8 lowest exponent, 59 zero bytes; sign and mantissa
+[n]; 4-bit exponents [n rounded up to 128, / 2], where byte j of a run of 128 weights has weight j
+low and j + 64 high; positions u32, bits u16 of the listed weights. Body of mode 2: u64 bytes of
+the compressed plane, 56 zero bytes; sign and mantissa [n]; the compressed plane. Each part starts
+on a cache line; numbers are little endian.
+
+Must not know where a payload is. Invariant: a body is never longer than the payload.
+"""  # noqa: E501 - the table's row
+
+from __future__ import annotations
+
+import importlib
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from hotset.blocks.formats_base import BodyCodec, aligned, check_finite
+from hotset.errors import DependencyError, FormatError
+from hotset.policies.types import Format
+
+if TYPE_CHECKING:
+    from hotset.blocks.checkpoint import BlockLayout
+
+RAW, WINDOW, DENSE = 0, 1, 2
+WINDOW_WIDTH = 16
+RUN = 128  # weights whose exponents share 64 bytes
+_HEAD_NBYTES = 64
+_LEVEL = 1  # zstd: higher levels search for repeats, and exponents have none
+
+
+class LosslessCodec(BodyCodec):
+    """bf16z. `dense` spends time for fewer bytes and needs the extra `formats`."""
+
+    name = Format.BF16Z
+
+    def __init__(self, *, dense: bool = False) -> None:
+        """Both forms are decoded by any instance."""
+        self.dense = dense
+
+    def body_nbytes(self, layout: BlockLayout) -> int:
+        """As `BodyCodec.body_nbytes`: the payload's own size; `stored_nbytes` gives the true."""
+        return layout.nbytes
+
+    def encode_body(
+        self, src: torch.Tensor, layout: BlockLayout, body: torch.Tensor
+    ) -> tuple[int, int]:
+        """As `BodyCodec.encode_body`."""
+        check_finite(src, layout)
+        payload = src[: layout.nbytes]
+        if layout.dtype == "bfloat16":
+            make = _encode_dense if self.dense else _encode_window
+            used = make(payload.view(torch.int16), body)
+            if used:
+                return (DENSE if self.dense else WINDOW), used
+        body.copy_(payload)
+        return RAW, layout.nbytes
+
+    def decode_body(
+        self, body: torch.Tensor, layout: BlockLayout, out: torch.Tensor, *, mode: int
+    ) -> None:
+        """As `BodyCodec.decode_body`."""
+        if mode == RAW:
+            out.copy_(body)
+        elif mode == WINDOW:
+            _decode_window(body, out.view(torch.int16))
+        elif mode == DENSE:
+            _decode_dense(body, out.view(torch.int16))
+        else:
+            raise FormatError(f"mode {mode} of bf16z is unknown", remedy="upgrade hotset")
+        del layout
+
+
+def _planes(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split bfloat16 bits (i16) into sign and mantissa (u8) and exponent (u8)."""
+    wide = bits.to(torch.int32)
+    return ((wide >> 8 & 0x80) | (wide & 0x7F)).to(torch.uint8), (wide >> 7 & 0xFF).to(torch.uint8)
+
+
+def _joined(rest: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Undo `_planes`; gives i16."""
+    wide = rest.to(torch.int32)
+    bits = (wide & 0x80) << 8 | exponent.to(torch.int32) << 7 | (wide & 0x7F)
+    return bits.to(torch.int16)
+
+
+def lowest_exponent(counts: torch.Tensor) -> int:
+    """Give the start of the window of 16 exponents that covers most weights, the first of equals.
+
+    `counts` [256] are weights by exponent.
+    """
+    covered = counts.to(torch.int64).unfold(0, WINDOW_WIDTH, 1).sum(dim=1)
+    return int(torch.nonzero(covered == covered.max())[0, 0])
+
+
+def _encode_window(bits: torch.Tensor, body: torch.Tensor) -> int:
+    """Fill `body` with mode 1; gives the bytes used, or 0 when it does not fit."""
+    count = bits.numel()
+    rest, exponent = _planes(bits)
+    low = lowest_exponent(torch.bincount(exponent, minlength=256))
+    place = exponent.to(torch.int16) - low
+    listed = torch.nonzero((place < 0) | (place >= WINDOW_WIDTH)).flatten()
+    ends = _window_parts(count, listed.numel())
+    if ends[-1] > body.numel():
+        return 0
+    body[: ends[-1]] = 0
+    body[:_HEAD_NBYTES] = _head(struct.pack("<IB", listed.numel(), low))
+    body[ends[0] : ends[0] + count] = rest
+    place[listed] = 0
+    runs = functional.pad(place.to(torch.uint8), (0, -count % RUN)).view(-1, 2, RUN // 2)
+    packed = (runs[:, 0] | runs[:, 1] << 4).flatten()
+    body[ends[1] : ends[1] + packed.numel()] = packed
+    body[ends[2] : ends[2] + 4 * listed.numel()] = listed.to(torch.int32).view(torch.uint8)
+    body[ends[3] : ends[3] + 2 * listed.numel()] = bits[listed].view(torch.uint8)
+    return ends[-1]
+
+
+def _window_parts(count: int, listed: int) -> tuple[int, int, int, int, int]:
+    """Where the parts of mode 1 start, and where the last ends."""
+    rest = _HEAD_NBYTES
+    codes = rest + aligned(count)
+    positions = codes + -(-count // RUN) * RUN // 2
+    values = positions + aligned(4 * listed)
+    return rest, codes, positions, values, values + aligned(2 * listed)
+
+
+def _decode_window(body: torch.Tensor, out: torch.Tensor) -> None:
+    count = out.numel()
+    listed, low = struct.unpack_from("<IB", body[:8].cpu().numpy().tobytes())
+    parts = _window_parts(count, listed)
+    if parts[-1] != body.numel():
+        raise FormatError("a bf16z body does not have the parts it names", remedy="encode it again")
+    packed = body[parts[1] : parts[2]].view(-1, RUN // 2)
+    place = torch.stack((packed & 15, packed >> 4), dim=1).flatten()[:count]
+    out.copy_(_joined(body[parts[0] : parts[0] + count], place + low))
+    positions = body[parts[2] : parts[2] + 4 * listed].view(torch.int32).long()
+    out[positions] = body[parts[3] : parts[3] + 2 * listed].view(torch.int16)
+
+
+def _encode_dense(bits: torch.Tensor, body: torch.Tensor) -> int:
+    """Fill `body` with mode 2; gives the bytes used, or 0 when it does not fit."""
+    rest, exponent = _planes(bits)
+    plane = _zstd().ZstdCompressor(level=_LEVEL).compress(exponent.cpu().numpy())
+    start = _HEAD_NBYTES + aligned(bits.numel())
+    end = start + aligned(len(plane))
+    if end > body.numel():
+        return 0
+    body[:end] = 0
+    body[:_HEAD_NBYTES] = _head(struct.pack("<Q", len(plane)))
+    body[_HEAD_NBYTES : _HEAD_NBYTES + bits.numel()] = rest
+    body[start : start + len(plane)] = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
+    return end
+
+
+def _decode_dense(body: torch.Tensor, out: torch.Tensor) -> None:
+    count = out.numel()
+    (length,) = struct.unpack_from("<Q", body[:8].cpu().numpy().tobytes())
+    start = _HEAD_NBYTES + aligned(count)
+    plane = body[start : start + length].cpu().numpy()
+    zstd = _zstd()
+    try:
+        raw = zstd.ZstdDecompressor().decompress(plane, max_output_size=count)
+    except zstd.ZstdError as error:
+        raise FormatError("a bf16z plane is damaged", remedy="encode the block again") from error
+    if len(raw) != count:
+        raise FormatError("a bf16z plane has the wrong length", remedy="encode the block again")
+    exponent = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(body.device)
+    out.copy_(_joined(body[_HEAD_NBYTES : _HEAD_NBYTES + count], exponent))
+
+
+def _head(fields: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(fields.ljust(_HEAD_NBYTES, b"\0")), dtype=torch.uint8)
+
+
+def _zstd() -> Any:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError as error:
+        raise DependencyError(
+            "the dense form of bf16z needs the package zstandard",
+            remedy="pip install 'hotset[formats]', or use the other form",
+        ) from error
