@@ -14,12 +14,17 @@ import msgspec
 from hotset.actors.batches import RowBatch  # noqa: TC001 - msgspec reads annotations
 from hotset.policies.directory import CopyKey  # noqa: TC001 - msgspec reads annotations
 from hotset.policies.types import (
+    CancelTransfer,
+    ChangeFormat,
     Command,
+    Concurrency,
     Copy,
     CopyDropped,
     CopyLanded,
     DropCopy,
     Event,
+    LayerTimes,
+    Pressure,
     PublishEpoch,
     RouterCounts,
     StartTransfer,
@@ -38,12 +43,15 @@ _EVENTS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         StoreJoined, StoreLost, StoreDraining, RouterCounts,
-        CopyLanded, CopyDropped, TransferFailed, Tick,
+        CopyLanded, CopyDropped, TransferFailed, LayerTimes, Pressure, Concurrency, Tick,
     )
 }  # fmt: skip
 _COMMANDS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (StartTransfer, DropCopy, PublishEpoch, Veto, WakeAt)
-}
+    cls.__name__: cls
+    for cls in (
+        StartTransfer, CancelTransfer, DropCopy, ChangeFormat, PublishEpoch, Veto, WakeAt,
+    )
+}  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 
 

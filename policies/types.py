@@ -72,6 +72,10 @@ class Reason(StrEnum):
     STALE = "stale"  # the source no longer had it
     TIMEOUT = "timeout"  # the deadline passed
     REBALANCE = "rebalance"  # popularity has shifted
+    CANCELLED = "cancelled"  # nobody wants it any more
+    PRESSURE = "pressure"  # compute needs the link or the memory
+    VETO_LATE = "veto_late"  # refused: it cannot land in time
+    VETO_SOONER = "veto_sooner"  # refused: it would displace something that is needed sooner
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -163,6 +167,7 @@ class StoreDraining:
     now_ns: int
     store: str
     incarnation: int = 0  # 0: whichever is current
+    deadline_ns: int = 0  # when it will be gone; 0: it waits until it is empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +207,8 @@ class CopyDropped:
 class TransferFailed:
     """A transfer that the brain had asked for ended without a copy.
 
-    `reason` is VETO_MEMORY when the store had no room, STALE, TIMEOUT or LOST otherwise.
+    `reason` is VETO_MEMORY when the store had no room, CANCELLED when the brain had withdrawn it,
+    STALE, TIMEOUT or LOST otherwise.
     """
 
     now_ns: int
@@ -211,6 +217,55 @@ class TransferFailed:
     format: Format
     reason: Reason
     incarnation: int = 0  # 0: whichever is current
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimes:
+    """Mean time of each MoE layer at one worker over `steps` forward passes, its stalls left out.
+
+    `times` holds (layer, ns), stall_ns the waits of all layers together, for one pass.
+    """
+
+    now_ns: int
+    store: str
+    steps: int
+    times: tuple[tuple[int, int], ...]
+    stall_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkUse:
+    """How a link was used in `span_ns`: occupied for `busy_ns`, by demand for `demand_ns` of it."""
+
+    source: str
+    span_ns: int
+    busy_ns: int
+    demand_ns: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressure:
+    """Memory and link pressure at one store since its last report.
+
+    `used_bytes` counts everything that occupies its memory, quarantined slots included.
+    """
+
+    now_ns: int
+    store: str
+    used_bytes: int
+    links: tuple[LinkUse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Concurrency:
+    """Requests in flight at one worker, and its forward passes and tokens since the last report."""
+
+    now_ns: int
+    store: str
+    requests: int
+    steps: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +283,9 @@ Event = (
     | CopyLanded
     | CopyDropped
     | TransferFailed
+    | LayerTimes
+    | Pressure
+    | Concurrency
     | Tick
 )
 
@@ -239,7 +297,8 @@ Event = (
 class StartTransfer:
     """`store` fetches `block` in `format` from the first of `sources` that still has it.
 
-    A source is a store's name or `storage`. `cause` names the event that led here.
+    A source is a store's name or `storage`. `cause` names the event that led here. The window of
+    the transfer ends at `due_ns`; 0: whenever the link is free.
     """
 
     epoch: int
@@ -247,6 +306,32 @@ class StartTransfer:
     block: BlockId
     format: Format
     sources: tuple[str, ...]
+    cause: str
+    reason: Reason
+    due_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelTransfer:
+    """`store` gives up a transfer that it was asked for, and answers with how it ended."""
+
+    epoch: int
+    store: str
+    block: BlockId
+    format: Format
+    cause: str
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeFormat:
+    """`store` holds its copy of `block` in format `into` from now on, instead of `format`."""
+
+    epoch: int
+    store: str
+    block: BlockId
+    format: Format
+    into: Format
     cause: str
     reason: Reason
 
@@ -291,7 +376,7 @@ class WakeAt:
     at_ns: int
 
 
-Command = StartTransfer | DropCopy | PublishEpoch | Veto | WakeAt
+Command = StartTransfer | CancelTransfer | DropCopy | ChangeFormat | PublishEpoch | Veto | WakeAt
 
 STORAGE = "storage"
 """Name of the store of tier 4 that every process reads by itself: the checkpoint's files."""
