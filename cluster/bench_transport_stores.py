@@ -23,7 +23,7 @@ from hotset.errors import DependencyError, TransportError
 from hotset.transport.base import Expect, ReadItem, Span, Status
 from hotset.transport.engine import Engine
 from hotset.transport.header import HEADER_BYTES, checksum
-from hotset.transport.nixl import PROGRESS_DELAY_US, merge
+from hotset.transport.nixl_lane import merge
 from hotset.transport.records import Ring
 from hotset.transport.slab import Slab
 
@@ -231,16 +231,15 @@ def time_engine(slab: Slab, read: Callable[[Any], Outcome], items: list[Any]) ->
 class RawNixl:
     """A NIXL agent driven as its documentation has it: make a request, post it, poll it.
 
-    It differs from NIXL's Python wrapper in one thing, which is to its favour: its progress thread
-    sleeps between polls, where the wrapper's takes a whole core from everybody.
+    It differs from NIXL's Python wrapper in one thing, which is to its favour: it has no progress
+    thread, where the wrapper's takes a whole core from everybody.
     """
 
     def __init__(self, slab: Slab, peer: PeerInfo) -> None:
         """Register the slab with a second agent and load the peer's metadata."""
         nixl: Any = next(sys.modules[name] for name in _NIXL_MODULES if name in sys.modules)
         config = nixl.nixlAgentConfig()
-        config.useProgThread = True
-        config.pthrDelay = PROGRESS_DELAY_US
+        config.useProgThread = False
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT
         self._nixl, self._peer = nixl, peer
         self._agent = nixl.nixlAgent("raw", config)

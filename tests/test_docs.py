@@ -210,7 +210,7 @@ def test_environment_variables_of_ours_are_in_the_manual() -> None:
 
 def test_defaults_of_the_environment_are_in_the_manual() -> None:
     from hotset.cluster.local import THREAD_ENV
-    from hotset.transport.nixl import UCX_DEFAULTS
+    from hotset.transport.nixl_agent import UCX_DEFAULTS
 
     manual = text_of("OPERATIONS.md")
     names = {*THREAD_ENV, *UCX_DEFAULTS}

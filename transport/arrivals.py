@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 from hotset.errors import InvalidTransition
 from hotset.transport.base import ItemResult, ReadItem, Status
 from hotset.transport.header import HEADER_BYTES
-from hotset.transport.job import Job, Pieces, Stage, Track, Verdict, phases
+from hotset.transport.job import Job, Stage, Track, Verdict, phases
 from hotset.transport.judge import hash_arrived, judge, judge_pieces
 from hotset.transport.records import Code, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from hotset.transport.pieces import Pieces
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
     from hotset.transport.timers import Timers
@@ -101,7 +102,7 @@ class Arrivals:
             self.judged(track, peer, judge(self._slab, track, peer))
 
     def piece_landed(self, track: Track, peer: str, *, alone: bool) -> None:
-        """More of a slot is here; what is in order is hashed while the rest moves."""
+        """More of a slot is here; whole chunks are hashed while the rest moves."""
         pieces, item = track.pieces, track.item
         assert pieces is not None  # noqa: S101 - the caller's piece
         if isinstance(item, ReadItem) and item.stream:
@@ -112,7 +113,7 @@ class Arrivals:
             self._hash(track, pieces, peer, alone=alone)
 
     def _hash(self, track: Track, pieces: Pieces, peer: str, *, alone: bool) -> None:
-        if not alone and pieces.arrived - pieces.hashed > INLINE_BYTES:
+        if pieces.ready and not alone:
             pieces.hashing = True
             self._verify(Check([track], peer, pieces))
             return

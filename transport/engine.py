@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from hotset.transport.arrivals import Check
     from hotset.transport.base import Backend, LinkProfile, Outcome
+    from hotset.transport.hands import Haul
     from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
@@ -96,7 +97,7 @@ class Engine:
         self._page: PacePage | None = None
         self._max_quarantined = max_quarantined
         self._inbox: Inbox[Callable[[], Any]] = Inbox()
-        self._to_verify: Inbox[Check | None] = Inbox()
+        self._to_verify: Inbox[Check | Haul | None] = Inbox()
         self._mover = Mover(
             slab=slab,
             backend=backend,
@@ -436,6 +437,7 @@ class Engine:
         return True
 
     def _run_verifier(self) -> None:
-        while (check := self._to_verify.get()) is not None:
-            self._mover.verify(check)
-            self._inbox.put(partial(self._mover.checked, check))
+        while (work := self._to_verify.get()) is not None:
+            check = self._mover.carry_out(work)
+            if check is not None:
+                self._inbox.put(partial(self._mover.checked, check))

@@ -65,14 +65,18 @@ class Flights:
         """Whether nothing may still write to a slot."""
         return not self._live
 
-    def add(self, post: Post) -> None:
-        """Follow a post until it has settled: by polling, or `settle` for one of files."""
+    def add(self, post: Post, *, polled: bool = True) -> None:
+        """Follow a post until it has settled: by polling, else somebody calls `settle`."""
         if post.cell < 0:
             for track in post.tracks:
                 track.posts += 1
         self._live[id(post)] = post
-        if not post.link.is_files:
+        if polled:
             self._polled.append(post)
+
+    def poll_on(self, post: Post) -> None:
+        """Poll from now on what was added without."""
+        self._polled.append(post)
 
     def rest_ns(self, now_ns: int) -> int | None:
         """How long until the next poll; None when there is nothing to poll."""

@@ -1,21 +1,23 @@
 """Copies and hashes by turns, for backends that copy inside `post`.
 
 A block that is hashed after all of it was copied comes from memory twice. Taken in parts that fit
-the processor's cache, the hash costs a fifth of the copy instead of a half, and needs neither a
-second thread nor a spare core. It runs on the engine's owner thread and must not know what the
-bytes mean.
+the processor's cache, the hash costs a fifth of the copy instead of a half. The engine's owner has
+one of these, and its second thread another (`hands.py`). It must not know what the bytes mean.
 
-Invariant: when it returns or raises, nothing is in flight.
+Invariant: nothing is in flight when it returns or raises, unless it returns a handle.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hotset.transport.base import PostState, Span
+from hotset.transport.header import HEADER_BYTES
 from hotset.transport.job import spans
-from hotset.transport.judge import hash_arrived, judge
+from hotset.transport.judge import hash_arrived, hash_chunk, judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,62 +26,98 @@ if TYPE_CHECKING:
     from hotset.transport.job import Post, Track, Verdict
     from hotset.transport.slab import Slab
 
-PART_BYTES: Final = 1 << 20  # 256 KiB and 4 MiB took 5-15 % longer
+DONE: Final = -1
+
+
+@dataclass(slots=True)
+class Landing:
+    """What became of a post: verdicts of whole slots, in order, and how long hashing took.
+
+    `digests` are those of the chunks of a piece that was read ahead of the owner's notes. With a
+    `handle`, the backend has not finished: the post goes on as any other does.
+    """
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    digests: dict[int, int] = field(default_factory=dict)
+    verify_ns: int = 0
+    handle: int = DONE
 
 
 class Fused:
-    """Reads posts of one backend into one slab. `verify_ns` is the part of the time in hashing."""
+    """Reads posts of one backend into one slab, through one of the backend's lanes."""
 
-    def __init__(self, backend: Backend, slab: Slab) -> None:
-        """Keep both."""
+    def __init__(self, backend: Backend, slab: Slab, *, lane: int = 0) -> None:
+        """Keep them."""
         self._backend = backend
         self._slab = slab
-        self.verify_ns = 0
+        self._lane = lane
 
-    def read_slots(self, post: Post) -> list[Verdict]:
+    def read_slots(self, post: Post) -> Landing:
         """Read whole slots and judge them. Raises what the backend's `post` raises."""
-        self.verify_ns = 0
-        peer = post.link.name
-        verdicts: list[Verdict] = []
+        landing = Landing()
+        most = self._backend.part_bytes(post.link.name) or sys.maxsize
         group: list[Track] = []
         nbytes = 0
         for track in post.tracks:
-            if group and nbytes + track.slot_bytes > PART_BYTES:
-                verdicts += self._read_group(peer, group)
+            if group and nbytes + track.slot_bytes > most:
+                self._read_group(post, group, landing)
                 group, nbytes = [], 0
             group.append(track)
             nbytes += track.slot_bytes
-        return verdicts + self._read_group(peer, group)
+        self._read_group(post, group, landing)
+        return landing
 
-    def read_piece(self, post: Post) -> None:
-        """Read one piece of a slot, hashing what is in order. Raises as `read_slots`."""
-        self.verify_ns = 0
-        track, pieces = post.tracks[0], post.pieces
+    def read_piece(self, post: Post, *, ahead: bool = False) -> Landing:
+        """Read one piece of a slot and hash its chunks. Raises as `read_slots`.
+
+        Notes what has landed, and takes it off the post. `ahead`: on another thread than the
+        owner's, who then does so by the landing's `digests`.
+        """
+        landing = Landing()
+        track, pieces, peer = post.tracks[0], post.pieces, post.link.name
         assert pieces is not None  # noqa: S101 - the mover made it a piece
-        peer = post.link.name
-        remote = track.remote_offset(peer)
-        for at in range(post.begin, post.end, PART_BYTES):
-            size = min(PART_BYTES, post.end - at)
-            span = Span(
-                local_offset=track.item.dest.offset + at, remote_offset=remote + at, nbytes=size
-            )
-            self._copy(peer, [span])
+        local, remote = track.item.dest.offset, track.remote_offset(peer)
+        part = self._backend.part_bytes(peer) or sys.maxsize
+        at, end = post.begin, post.end
+        while at < end:
+            upto = min(end, _next_cut(at, part))
+            span = Span(local_offset=local + at, remote_offset=remote + at, nbytes=upto - at)
+            landing.handle = self._copy(peer, [span])
+            if landing.handle != DONE:
+                return landing
             begin = time.monotonic_ns()
-            pieces.landed(at, at + size)
-            if not pieces.hashing:
-                hash_arrived(self._slab, track, pieces)
-            self.verify_ns += time.monotonic_ns() - begin
+            if ahead:
+                for number in pieces.chunks_within(at, upto):
+                    landing.digests[number] = hash_chunk(self._slab, track, pieces, number)
+            else:
+                pieces.landed(at, upto)
+                post.begin = upto
+                if not pieces.hashing:
+                    hash_arrived(self._slab, track, pieces)
+            landing.verify_ns += time.monotonic_ns() - begin
+            at = upto
+        return landing
 
-    def _read_group(self, peer: str, group: Sequence[Track]) -> list[Verdict]:
-        self._copy(peer, spans(group, peer))
-        begin = time.monotonic_ns()
-        verdicts = [judge(self._slab, track, peer) for track in group]
-        self.verify_ns += time.monotonic_ns() - begin
-        return verdicts
+    def _read_group(self, post: Post, group: Sequence[Track], landing: Landing) -> None:
+        peer = post.link.name
+        landing.handle = self._copy(peer, spans(group, peer))
+        if landing.handle == DONE:
+            begin = time.monotonic_ns()
+            landing.verdicts += [judge(self._slab, track, peer) for track in group]
+            landing.verify_ns += time.monotonic_ns() - begin
 
-    def _copy(self, peer: str, parts: Sequence[Span]) -> None:
+    def _copy(self, peer: str, parts: Sequence[Span]) -> int:
+        """DONE, or the handle of a read that has not ended well, and then it was the only part."""
         backend = self._backend
-        handle = backend.post(peer, parts)
+        handle = backend.post(peer, parts, lane=self._lane)
         state, error = backend.poll(handle)
-        backend.release(handle)
-        assert state is PostState.DONE, f"a copy inside a call ended as {state}: {error}"  # noqa: S101 - our own bug
+        if state is PostState.DONE:
+            backend.release(handle)
+            return DONE
+        assert not backend.part_bytes(peer), f"a copy inside a call ended as {state}: {error}"  # noqa: S101 - our own bug
+        return handle
+
+
+def _next_cut(at: int, part_bytes: int) -> int:
+    """Where a part of a slot ends that begins at `at`: with a chunk of the payload."""
+    return HEADER_BYTES + (max(0, at - HEADER_BYTES) // part_bytes + 1) * part_bytes

@@ -7,11 +7,15 @@ the store that wrote it. Little endian:
     offset 0   magic u32, version u8, flags u8, format_code u16
     offset 8   key, 16 opaque bytes that name the content
     offset 24  nbytes u32 (payload), epoch u32
-    offset 32  generation u64, checksum u64 (xxh3-64 of the payload), incarnation u64
+    offset 32  generation u64, checksum u64 (of the payload), incarnation u64
     offset 56  hash u64 (xxh3-64 of the first 56 bytes)
 
 While a slot that others may follow is still filling, the same 64 bytes are a progress header: magic
 "HOTW", no checksum, and in place of the generation the payload bytes that have come so far.
+
+The checksum of a payload is its xxh3-64 up to 1 MiB. Beyond, it is the xxh3-64 of the chunks'
+xxh3-64, u64 each, chunk by chunk of 1 MiB: so chunks can be hashed in any order and by several
+threads, each while it is still in a cache.
 
 This module must not know what keys or format codes mean. Invariant: bytes that were torn, zeroed
 or flipped anywhere in the 64 unpack to None.
@@ -26,6 +30,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import xxhash
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from _typeshed import ReadableBuffer
 
     from hotset.transport.base import Expect
@@ -34,7 +40,8 @@ HEADER_BYTES: Final = 64
 KEY_BYTES: Final = 16
 MAGIC: Final = 0x53544F48  # "HOTS"
 PROGRESS_MAGIC: Final = 0x57544F48  # "HOTW"
-VERSION: Final = 1
+VERSION: Final = 2  # 1: one xxh3-64 over payloads of any length
+CHUNK_BYTES: Final = 1 << 20
 VOID: Final = bytes(HEADER_BYTES)
 
 _BODY = struct.Struct("<IBBH16sIIQQQ")
@@ -43,8 +50,23 @@ _HASHED_BYTES: Final = 56
 
 
 def checksum(view: ReadableBuffer) -> int:
-    """xxh3-64 of bytes; the hash of block payloads everywhere in hotset."""
-    return xxhash.xxh3_64_intdigest(view)
+    """Hash of a block's payload, everywhere in hotset."""
+    data = memoryview(view).cast("B")
+    if data.nbytes <= CHUNK_BYTES:
+        return xxhash.xxh3_64_intdigest(data)
+    return combine(
+        [
+            xxhash.xxh3_64_intdigest(data[at : at + CHUNK_BYTES])
+            for at in range(0, data.nbytes, CHUNK_BYTES)
+        ]
+    )
+
+
+def combine(digests: Sequence[int]) -> int:
+    """Checksum of a payload by those of its chunks, which are CHUNK_BYTES but for the last."""
+    if len(digests) == 1:
+        return digests[0]
+    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(digests)}Q", *digests))
 
 
 def pack(  # noqa: PLR0913 - the fields of a header; no object, publishing is on the hot path

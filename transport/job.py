@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import xxhash
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hotset.transport.base import FileItem, Outcome, Priority, ReadItem, Replica, Span, Status
 from hotset.transport.header import HEADER_BYTES
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hotset.transport.base import Expect, ItemResult, Loss
-    from hotset.transport.header import Seen
     from hotset.transport.link import Link
+    from hotset.transport.pieces import Pieces
     from hotset.transport.storage import StorageJob
     from hotset.transport.ticket import Ticket
 
@@ -56,70 +54,6 @@ class Verdict(NamedTuple):
     checksum: int = 0
     epoch: int = 0
     error: str = ""
-
-
-class Pieces:
-    """Progress of a slot that travels in pieces. Offsets count from the slot's header.
-
-    `bare`: the payload travels alone, and headers are looked at in a scratch cell. Then `known`
-    says for each source how many bytes of the slot it has, and `seen` what the header said.
-    """
-
-    __slots__ = (
-        "arrived", "bare", "end", "hashed", "hasher", "hashing", "islands", "known", "seen", "todo",
-    )  # fmt: skip
-
-    def __init__(self, *, end: int, bare: bool) -> None:
-        """Everything is to do."""
-        begin = HEADER_BYTES if bare else 0
-        self.end = end
-        self.bare = bare
-        self.todo = [(begin, end)]
-        self.arrived = begin
-        self.islands: dict[int, int] = {}
-        self.hasher: Any = xxhash.xxh3_64()
-        self.hashed = HEADER_BYTES
-        self.hashing = False
-        self.known: dict[str, int] = {}
-        self.seen: Seen | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every byte is here and hashed."""
-        return self.arrived == self.end == self.hashed
-
-    @property
-    def left(self) -> int:
-        """Bytes that no post carries yet."""
-        return sum(end - begin for begin, end in self.todo)
-
-    def available(self, source: str) -> int:
-        """Bytes at the front of `todo` that `source` has."""
-        if not self.todo:
-            return 0
-        begin, end = self.todo[0]
-        return max(0, min(end, self.known.get(source, 0) if self.bare else end) - begin)
-
-    def take(self, nbytes: int) -> tuple[int, int]:
-        """Take up to `nbytes` from the front: (begin, end)."""
-        begin, end = self.todo[0]
-        cut = min(end, begin + nbytes)
-        if cut == end:
-            del self.todo[0]
-        else:
-            self.todo[0] = (cut, end)
-        return begin, cut
-
-    def give_back(self, begin: int, end: int) -> None:
-        """A piece did not arrive; it goes first."""
-        self.todo.append((begin, end))
-        self.todo.sort()
-
-    def landed(self, begin: int, end: int) -> None:
-        """Note a piece; `arrived` grows when it is the next in order."""
-        self.islands[begin] = end
-        while self.arrived in self.islands:
-            self.arrived = self.islands.pop(self.arrived)
 
 
 @dataclass(slots=True, eq=False)
@@ -209,8 +143,9 @@ class Track:
 class Post:
     """What one call of the backend (or of the storage reader) carries.
 
-    `begin`..`end` is the piece of its only track; `end` is 0 for whole slots. `cell` is the scratch
-    cell of a look at a header, -1 for bytes of slots.
+    `begin`..`end` is the piece of its only track; `end` is 0 for whole slots. `more` is what its
+    job has left to post. `cell` is the scratch cell of a look at a header, -1 for bytes of slots.
+    `shared` is whether a second thread may read it.
     """
 
     link: Link
@@ -219,7 +154,9 @@ class Post:
     priority: Priority
     begin: int = 0
     end: int = 0
+    more: int = 0
     cell: int = -1
+    shared: bool = True
     pieces: Pieces | None = None
     handle: int = -1
     storage: StorageJob | None = None
@@ -231,6 +168,16 @@ class Post:
         for track in tracks:
             track.landed_ns = now_ns
             track.release_ns = max(track.release_ns, self.release_ns)
+
+    @property
+    def span(self) -> Span:
+        """The piece of its only track."""
+        [track] = self.tracks
+        return Span(
+            local_offset=track.item.dest.offset + self.begin,
+            remote_offset=track.remote_offset(self.link.name) + self.begin,
+            nbytes=self.end - self.begin,
+        )
 
     @property
     def abandoned(self) -> bool:

@@ -15,7 +15,8 @@ from hotset.transport.job import Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hotset.transport.job import Pieces, Track
+    from hotset.transport.job import Track
+    from hotset.transport.pieces import Pieces
     from hotset.transport.slab import Slab
     from hotset.transport.storage import StorageJob
 
@@ -36,7 +37,7 @@ def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict
     seen = pieces.seen
     if not pieces.bare:
         seen = inspect(slab.memory.read(track.item.dest.offset, HEADER_BYTES), track.expect(peer))
-    found = pieces.hasher.intdigest()
+    found = pieces.checksum
     wanted = track.item.expect.checksum
     if seen is None:  # the source was still filling: what was asked for decides
         if wanted is None:
@@ -71,11 +72,16 @@ def judge_files(tracks: Sequence[Track], job: StorageJob) -> list[Verdict]:
 
 
 def hash_arrived(slab: Slab, track: Track, pieces: Pieces) -> None:
-    """Hash what has arrived in order and is not hashed, until there is nothing new.
+    """Hash the chunks that have arrived, until there is none; several threads may."""
+    while pieces.ready:
+        try:
+            number = pieces.ready.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        pieces.digests[number] = hash_chunk(slab, track, pieces, number)
 
-    One thread at a time for each track; the owner may note further pieces meanwhile.
-    """
-    while (upto := pieces.arrived) > pieces.hashed:
-        at = track.item.dest.offset + pieces.hashed
-        pieces.hasher.update(slab.memory.read(at, upto - pieces.hashed))
-        pieces.hashed = upto
+
+def hash_chunk(slab: Slab, track: Track, pieces: Pieces, number: int) -> int:
+    """Hash of one chunk, every byte of which is here."""
+    begin, end = pieces.chunk(number)
+    return checksum(slab.memory.read(track.item.dest.offset + begin, end - begin))

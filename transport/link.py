@@ -32,7 +32,11 @@ WINDOW_MAX_BYTES: Final = 32 << 20
 FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
 PIECE_MIN_BYTES: Final = 2 << 20  # of a fast link: below, its posts cost more than it saves
 FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
-FUSED_BYTES: Final = 16 << 20  # up to here copying and hashing by turns beats a second thread
+IN_CALL_BYTES: Final = (4 << 20) + (
+    64 << 10
+)  # a post that copies in the call: short enough to share out
+ALONE_BYTES: Final = 4 << 20  # so much one thread reads sooner than it wakes a second one
+HALVES_BYTES: Final = 16 << 20  # so much each of two threads reads in one post
 RATE_MIN_BYTES: Final = 256 << 10  # shorter posts measure latency
 POST_ITEMS: Final = 1024
 
@@ -116,7 +120,8 @@ class Link:
             return group
         limit = self.window_bytes // 2
         if not self.is_files:
-            limit = self.piece_bytes((len(first.job.items) - first.index) * first.slot_bytes)
+            total = len(first.job.items) * first.slot_bytes
+            limit = self.piece_bytes(total - first.index * first.slot_bytes, total)
         while (entry := self.head()) is not None and len(group) < POST_ITEMS:
             track = entry[5]
             nbytes += track.slot_bytes
@@ -133,15 +138,18 @@ class Link:
             return False
         return track.slot_bytes <= min(PIECE_MIN_BYTES, self.window_bytes // 2)
 
-    def piece_bytes(self, left: int) -> int:
-        """Bytes of the next post when `left` are to go.
+    def piece_bytes(self, left: int, total: int) -> int:
+        """Bytes of the next post when `left` of a job's `total` are to go.
 
         Half a window at most. Half of what is left at most, because the last piece is verified
-        while nothing moves; on slow links pieces are shorter than PIECE_MIN_BYTES.
+        while nothing moves; on slow links pieces are shorter than PIECE_MIN_BYTES. What is copied
+        in the call is cut to be shared by two threads.
         """
         half = self.window_bytes // 2
-        if self.in_call and left <= FUSED_BYTES:
-            return min(half, left)
+        if self.in_call:
+            if total <= ALONE_BYTES:
+                return min(half, left)
+            return min(half, total // 2 if total <= HALVES_BYTES else IN_CALL_BYTES)
         piece = min(half, max(left // 2, min(PIECE_MIN_BYTES, half)))
         return piece if left - piece > piece // 2 else left  # no crumbs
 

@@ -17,8 +17,9 @@ from hotset.transport.job import Post
 from hotset.transport.slab import SCRATCH_CELLS
 
 if TYPE_CHECKING:
-    from hotset.transport.job import Pieces, Track
+    from hotset.transport.job import Track
     from hotset.transport.link import Link
+    from hotset.transport.pieces import Pieces
     from hotset.transport.slab import Slab
 
 FOLLOW_BYTES: Final = 512 << 10  # a slot that fills is followed in steps of at least this

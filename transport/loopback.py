@@ -193,7 +193,7 @@ class LoopbackBackend(Backend):
         """Forget a peer."""
         self._peers.pop(name, None)
 
-    def post(self, peer: str, spans: Sequence[Span]) -> int:
+    def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - one lane
         """Copy at once, or as a scripted fault says."""
         info = self._peers.get(peer)
         if info is None or self._slab is None:

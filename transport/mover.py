@@ -22,16 +22,17 @@ from hotset.errors import TransportError
 from hotset.transport.arrivals import INLINE_BYTES, Arrivals, Check
 from hotset.transport.base import FileItem, ItemResult, Loss, ReadItem, Span, Status
 from hotset.transport.flights import Flights
-from hotset.transport.fused import Fused
-from hotset.transport.job import Job, Pieces, Post, Stage, Track, spans
+from hotset.transport.hands import Haul
+from hotset.transport.incall import InCall
+from hotset.transport.job import Job, Post, Stage, Track, spans
 from hotset.transport.judge import judge_files
-from hotset.transport.link import FUSED_BYTES
 from hotset.transport.links import STORAGE, Links
 from hotset.transport.looks import FOLLOW_BYTES, LOOK_MIN_NS, Looks
+from hotset.transport.pieces import Pieces
 from hotset.transport.timers import Deadlines, Timers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from hotset.transport.base import Backend, PeerInfo
     from hotset.transport.inbox import Inbox
@@ -58,7 +59,7 @@ class Mover:
         pacer: Pacer | None,
         time_scale: float,
         describe: Callable[[bytes], tuple[int, int]] | None,
-        verifier: Inbox[Check | None],
+        verifier: Inbox[Check | Haul | None],
         files_ended: Callable[[Post], None],
     ) -> None:
         """`verifier` is the queue of the verifier thread, `files_ended` tells the owner."""
@@ -75,12 +76,19 @@ class Mover:
             describe=describe,
             verify=verifier.put,
         )
-        self._verifier = verifier
-        self._fused = None if backend is None else Fused(backend, slab)
         self._links = Links(own_pacer=pacer, time_scale=time_scale)
         self._looks = Looks(slab)
         self.jobs: dict[Ticket, Job] = {}
         self._flights = Flights(backend=backend, slab=slab, timers=self._timers, owner=self)
+        if backend is not None:
+            self._in_call = InCall(
+                backend=backend,
+                slab=slab,
+                flights=self._flights,
+                arrivals=self._arrivals,
+                give=verifier.put,
+                again=self._send,
+            )
         self._deadlines = Deadlines()
         self._fresh: list[Job] = []  # whose deadline nobody watches yet
         if storage is not None:
@@ -104,13 +112,14 @@ class Mover:
             raise TransportError(
                 "this engine reads files only", remedy="give it a backend to read peers"
             )
+        self._in_call.take_all_back()
         self._backend.connect(peer)
-        link = self._links.connect(peer)
-        link.in_call = self._backend.copies_in_call(peer.name)
+        self._links.connect(peer)
 
     def disconnect(self, name: str) -> None:
         """Forget a peer; queued reads from it will fail, posted ones go on."""
         if self._backend is not None:
+            self._in_call.take_all_back()
             self._backend.disconnect(name)
         self._links.disconnect(name)
 
@@ -143,9 +152,13 @@ class Mover:
         if job is not None:
             self._give_up(job, Status.CANCELLED, "the caller gave up")
 
-    def verify(self, check: Check) -> None:
-        """On the verifier thread: hash, publish what is good."""
-        self._arrivals.verify(check)
+    def carry_out(self, work: Check | Haul) -> Check | None:
+        """On the second thread: read a post, or hash; returns what `checked` must be told."""
+        if isinstance(work, Haul):
+            self._in_call.carry_out(work)
+            return None
+        self._arrivals.verify(work)
+        return work
 
     def checked(self, check: Check) -> None:
         """Take the verifier's answer."""
@@ -189,6 +202,7 @@ class Mover:
         if link is not None:
             self._post(link)
         ended = self._flights.poll()
+        ended |= self._backend is not None and self._in_call.take_back()
         for job in self._fresh:
             if job.open_tracks:  # small reads end before it costs anything to watch them
                 self._deadlines.add(job)
@@ -197,6 +211,10 @@ class Mover:
         ran = self._timers.run(now)
         if link is not None:
             self._flights.last_progress_ns = now
+        if self._backend is not None and self._in_call.given:
+            if link is None:  # a copy ends sooner than anything else can be due
+                self._in_call.take_back(wait=True)
+            return 0
         if (
             link is not None or ended or ran
         ) and self._links.has_queued():  # each may have made room
@@ -237,6 +255,7 @@ class Mover:
             self._links.get(name).push(track)
 
     def _post(self, link: Link) -> None:
+        link.in_call = self._backend is not None and self._backend.copies_in_call(link.name)
         track = link.pop()
         if link.is_files:
             self._post_files(link, link.pop_group(track))
@@ -247,11 +266,10 @@ class Mover:
             self._links.forget_if_idle(link)
         elif link.is_small(track):
             group = [t for t in link.pop_group(track) if t is track or self._check_range(t, link)]
-            nbytes = sum(t.item.expect.nbytes for t in group)
-            self._send(
-                Post(link=link, tracks=group, nbytes=nbytes, priority=track.job.priority),
-                spans(group, link.name),
-            )
+            job, nbytes = track.job, sum(t.item.expect.nbytes for t in group)
+            post = Post(link=link, tracks=group, nbytes=nbytes, priority=job.priority)
+            post.more = (len(job.items) - group[-1].index - 1) * track.slot_bytes if group else 0
+            self._send(post)
         else:
             self._post_piece(link, track)
 
@@ -276,18 +294,15 @@ class Mover:
             return
         assert isinstance(track.item, ReadItem)  # noqa: S101 - files are not cut
         most = STREAM_BYTES if track.item.stream or track.item.follow else ready
-        begin, end = pieces.take(min(ready, most, link.piece_bytes(pieces.left)))
+        job = track.job
+        after = (len(job.items) - track.index - 1) * track.slot_bytes
+        whole = len(job.items) * track.slot_bytes
+        begin, end = pieces.take(min(ready, most, link.piece_bytes(pieces.left, whole)))
         if pieces.todo:
             link.push(track)  # the rest competes anew
-        span = Span(
-            local_offset=track.item.dest.offset + begin,
-            remote_offset=track.remote_offset(link.name) + begin,
-            nbytes=end - begin,
-        )
-        priority = track.job.priority
-        post = Post(link=link, tracks=[track], nbytes=end - begin, priority=priority)
-        post.begin, post.end, post.pieces = begin, end, pieces
-        self._send(post, [span])
+        post = Post(link=link, tracks=[track], nbytes=end - begin, priority=job.priority)
+        post.begin, post.end, post.pieces, post.more = begin, end, pieces, pieces.left + after
+        self._send(post)
 
     def _look(self, link: Link, track: Track, pieces: Pieces) -> None:
         """Read the header of a source into a scratch cell."""
@@ -295,12 +310,18 @@ class Mover:
         if post is None:
             self._timers.add(time.monotonic_ns() + LOOK_MIN_NS, partial(link.push, track))
             return
-        self._send(post, [self._looks.span(post)])
+        self._send(post)
 
-    def _send(self, post: Post, parts: Sequence[Span]) -> None:
+    def _parts(self, post: Post) -> list[Span]:
+        """What a post copies."""
+        if post.cell >= 0:
+            return [self._looks.span(post)]
+        return [post.span] if post.end else spans(post.tracks, post.link.name)
+
+    def _send(self, post: Post) -> None:
         if not post.tracks:
             return
-        assert self._backend is not None and self._fused is not None  # noqa: PT018, S101 - checked
+        assert self._backend is not None  # noqa: S101 - checked
         link, job = post.link, post.tracks[0].job
         post.posted_ns = time.monotonic_ns()
         if post.cell < 0:
@@ -308,10 +329,10 @@ class Mover:
         for track in post.tracks:
             track.first_ns = track.first_ns or post.posted_ns
         try:
-            if self._is_fused(post):
-                self._read_in_call(post)
+            if link.in_call and post.cell < 0:
+                self._in_call.read(post)
                 return
-            post.handle = self._backend.post(link.name, parts)
+            post.handle = self._backend.post(link.name, self._parts(post))
         except TransportError as error:
             link.ended(post, time.monotonic_ns())
             if post.cell >= 0:
@@ -319,34 +340,6 @@ class Mover:
             self.post_failed(post, str(error))
             return
         self._flights.add(post)
-
-    def _is_fused(self, post: Post) -> bool:
-        """Whether to hash what is copied in this call at once.
-
-        A verifier that keeps up hashes large posts in parallel, if it has a core to run on; its
-        wake-ups cost too much for one block.
-        """
-        if post.cell >= 0 or not post.link.in_call:
-            return False
-        job = post.tracks[0].job
-        few = len(job.items) * post.tracks[0].slot_bytes <= FUSED_BYTES
-        return few or post.nbytes <= INLINE_BYTES or len(self._verifier) > 1
-
-    def _read_in_call(self, post: Post) -> None:
-        """Copy and verify now; nothing is in flight between, so nothing can be abandoned."""
-        fused = self._fused
-        assert fused is not None  # noqa: S101 - the caller has a backend
-        verdicts = [] if post.end else fused.read_slots(post)
-        if post.end:
-            fused.read_piece(post)
-        landed = time.monotonic_ns() - fused.verify_ns  # copying and hashing took turns
-        post.link.ended(post, time.monotonic_ns(), verify_ns=fused.verify_ns)
-        post.mark_landed(post.tracks, landed)
-        if post.end:
-            self._arrivals.piece_landed(post.tracks[0], post.link.name, alone=True)
-            return
-        for track, verdict in zip(post.tracks, verdicts, strict=True):
-            self._arrivals.judged(track, post.link.name, verdict)
 
     def _post_files(self, link: Link, tracks: list[Track]) -> None:
         assert self._storage is not None  # noqa: S101 - only then the link exists
@@ -357,7 +350,7 @@ class Mover:
         link.posted(post, queued_ns=tracks[0].job.submitted_ns)
         for track in tracks:
             track.first_ns = post.posted_ns
-        self._flights.add(post)
+        self._flights.add(post, polled=False)
 
         def ended(job: StorageJob) -> None:
             post.storage = job
@@ -408,10 +401,8 @@ class Mover:
 
     def post_failed(self, post: Post, error: str) -> None:
         """A post ended, or never began, without its bytes."""
-        if post.end and post.pieces is not None:
-            begin = max(post.begin, post.pieces.arrived)
-            if begin < post.end:
-                post.pieces.give_back(begin, post.end)
+        if post.pieces is not None and post.begin < post.end:
+            post.pieces.give_back(post.begin, post.end)
         for track in post.tracks:
             if track.stage is Stage.WAITING:
                 self._lose(track, post.link.name, Status.FAILED, error)

@@ -10,6 +10,7 @@ where it was posted; an older incarnation is refused whichever way the newer one
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -43,7 +44,7 @@ _METADATA: Final = msgspec.msgpack.Decoder(_Metadata)
 
 
 class NodeBackend(Backend):
-    """Shared memory within the host, NIXL between hosts. Called by one thread at a time."""
+    """Shared memory within the host, NIXL between hosts."""
 
     name = "node"
     error_grace_ns = NixlBackend.error_grace_ns
@@ -57,7 +58,7 @@ class NodeBackend(Backend):
         self._peers: dict[str, PeerInfo] = {}
         self._ways: dict[str, Backend] = {}
         self._posts: dict[int, tuple[Backend, int]] = {}
-        self._next = 1
+        self._numbers = itertools.count(1)  # for any thread
 
     @staticmethod
     def available() -> str:
@@ -134,13 +135,13 @@ class NodeBackend(Backend):
         if way is not None:
             way.disconnect(name)
 
-    def post(self, peer: str, spans: Sequence[Span]) -> int:
+    def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         """Start one read the peer's way."""
         way = self._ways.get(peer)
         if way is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
-        posted = (way, way.post(peer, spans))
-        handle, self._next = self._next, self._next + 1
+        posted = (way, way.post(peer, spans, lane=lane))
+        handle = next(self._numbers)
         self._posts[handle] = posted
         return handle
 
@@ -148,6 +149,10 @@ class NodeBackend(Backend):
         """Ask the way that the peer is read."""
         way = self._ways.get(peer)
         return way is not None and way.copies_in_call(peer)
+
+    def part_bytes(self, peer: str) -> int:
+        """Ask the way that the peer is read."""
+        return self._ways[peer].part_bytes(peer)
 
     def poll(self, handle: int) -> tuple[PostState, str]:
         """State of a posted read."""

@@ -17,6 +17,7 @@ checksums are verified) until the engine disconnects it, which also gives its me
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -61,7 +62,7 @@ class _Peer:
 
 
 class ShmBackend(Backend):
-    """Copies out of mapped slabs of this host's peers. Called by one thread at a time."""
+    """Copies out of mapped slabs of this host's peers."""
 
     name = "shm"
 
@@ -70,7 +71,7 @@ class ShmBackend(Backend):
         self._slab: Slab | None = None
         self._peers: dict[str, _Peer] = {}
         self._posts: set[int] = set()
-        self._next = 1
+        self._numbers = itertools.count(1)  # for any thread
 
     def register(self, slab: Slab) -> None:
         """Keep the slab, which must be host memory. Raises TransportError."""
@@ -124,7 +125,7 @@ class ShmBackend(Backend):
         if peer is not None:
             peer.memory.close()
 
-    def post(self, peer: str, spans: Sequence[Span]) -> int:
+    def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - all lanes are alike
         """Copy all spans before returning, with the GIL released."""
         entry, slab = self._peers.get(peer), self._slab
         if entry is None or slab is None:
@@ -133,7 +134,7 @@ class ShmBackend(Backend):
         local, remote, copy = slab.base_address, entry.memory.address, ctypes.memmove
         for span in spans:
             copy(local + span.local_offset, remote + span.remote_offset, span.nbytes)
-        handle, self._next = self._next, self._next + 1
+        handle = next(self._numbers)
         self._posts.add(handle)
         return handle
 

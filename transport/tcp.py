@@ -163,7 +163,7 @@ class TcpBackend(Backend):
             peer.link.leave()
             self._leaving.append(peer.link)
 
-    def post(self, peer: str, spans: Sequence[Span]) -> int:
+    def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - one lane
         """Ask for one read; its bytes arrive on the link's thread."""
         entry = self._peers.get(peer)
         if entry is None:

@@ -41,7 +41,7 @@ from hotset.transport.base import (
     require_own,
 )
 from hotset.transport.listener import check_host
-from hotset.transport.nixl import merge
+from hotset.transport.nixl_lane import merge
 from hotset.transport.ucx_bindings import CONFIG, choose, why_not
 from hotset.transport.ucx_read import Read, Reads
 from hotset.transport.ucx_serve import Server
@@ -138,7 +138,7 @@ class UcxBackend(Backend):
         if self._peers.pop(name, None) is not None:
             self._order(lambda thread: thread.reads.disconnect(name))
 
-    def post(self, peer: str, spans: Sequence[Span]) -> int:
+    def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - one lane
         """Leave an order for one read."""
         info, slab = self._peers.get(peer), self._slab
         if info is None or slab is None:

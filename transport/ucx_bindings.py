@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from hotset.errors import DependencyError
-from hotset.transport.nixl import NIXL_MODULES, UCX_DEFAULTS
+from hotset.transport.nixl_agent import NIXL_MODULES, UCX_DEFAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

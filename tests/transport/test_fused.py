@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hotset.transport.base import Status
-from hotset.transport.fused import PART_BYTES
+from hotset.transport.base import PART_BYTES, Status
 from hotset.transport.header import HEADER_BYTES, Header, checksum, inspect, pack
 from hotset.transport.shm import ShmBackend
 from tests.transport.peer import FORMAT, Source, Store, build, fill

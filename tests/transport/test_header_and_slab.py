@@ -54,7 +54,7 @@ def test_the_layout_is_little_endian_and_fixed() -> None:
     data = Header(
         key=KEY, format_code=0x0102, nbytes=5, generation=7, checksum=9, incarnation=11, epoch=13
     ).pack()
-    assert data[:8] == bytes([0x48, 0x4F, 0x54, 0x53, 1, 0, 2, 1])
+    assert data[:8] == bytes([0x48, 0x4F, 0x54, 0x53, 2, 0, 2, 1])
     assert data[8:24] == KEY
     assert data[24:56] == b"".join(
         value.to_bytes(size, "little") for value, size in ((5, 4), (13, 4), (7, 8), (9, 8), (11, 8))

@@ -10,7 +10,8 @@ import pytest
 
 from hotset.errors import DependencyError, PeerGoneError, TransportError
 from hotset.transport.base import Status
-from hotset.transport.nixl import NixlBackend, merge
+from hotset.transport.nixl import NixlBackend
+from hotset.transport.nixl_lane import merge
 from hotset.transport.slab import SlotState
 from tests.transport.leaks import footprint
 from tests.transport.peer import PeerProcess, Store, build

@@ -11,7 +11,8 @@ import pytest
 
 from hotset.errors import PeerGoneError, TransportError
 from hotset.transport.base import PostState, Span
-from hotset.transport.nixl import NixlBackend, merge
+from hotset.transport.nixl import NixlBackend
+from hotset.transport.nixl_lane import merge
 from hotset.transport.slab import Slab
 from tests.transport.peer import PeerProcess
 from tests.transport.worlds import until
@@ -111,7 +112,7 @@ def test_spans_outside_of_a_slab_are_refused_whole(pair: Pair, change: dict[str,
     good = {"local_offset": 0, "remote_offset": 0, "nbytes": 64}
     with pytest.raises(TransportError, match="leaves its slab"):
         pair.backend.post("source", [Span(**good), Span(**(good | change))])
-    assert not pair.backend._posts
+    assert not pair.backend._reads
 
 
 def test_an_empty_post_and_an_unknown_peer_are_refused(pair: Pair) -> None:
@@ -123,16 +124,16 @@ def test_an_empty_post_and_an_unknown_peer_are_refused(pair: Pair) -> None:
 
 def _bare(pair: Pair, spans: Sequence[Span]) -> None:
     """The least that NIXL needs for this read."""
-    backend, agent, nixl = pair.backend, pair.backend._agent, pair.backend._nixl
-    entry = backend._peers["source"]
+    [lane], nixl = pair.backend._lanes, pair.backend._nixl
+    agent = lane._agent
     here, there = pair.slab.base_address, pair.peer.info.base_address
     near = [(here + span.local_offset, span.nbytes, 0) for span in spans]
     far = [(there + span.remote_offset, span.nbytes, 0) for span in spans]
     lists = (
-        nixl.nixlXferDList(backend._memory, near),
-        nixl.nixlXferDList(entry.memory, far),
+        nixl.nixlXferDList(nixl.DRAM_SEG, near),
+        nixl.nixlXferDList(nixl.DRAM_SEG, far),
     )
-    request = agent.createXferReq(nixl.NIXL_READ, *lists, entry.agent)
+    request = agent.createXferReq(nixl.NIXL_READ, *lists, lane._peers["source"].agent)
     status = agent.postXferReq(request)
     while status == nixl.NIXL_IN_PROG:
         status = agent.getXferStatus(request)
