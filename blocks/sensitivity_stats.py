@@ -1,0 +1,112 @@
+"""Paired divergences and what can be said of them: mean, error bars, tail, flips.
+
+Decides how uncertainty is stated: a bootstrap over text windows (Efron), since tokens of a window
+share their text and are not independent. Must not know models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Flags = NDArray[np.bool_]
+
+RESAMPLES = 1000
+_LOW, _HIGH = 5.0, 95.0  # per cent, one-sided each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A mean with its standard error and one-sided 95 % bounds."""
+
+    mean: float
+    stderr: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLSummary:
+    """Divergence of a mix from full precision over some text; nats a token."""
+
+    mean: float
+    stderr: float
+    lower: float
+    upper: float
+    p99: float
+    flip_ratio: float
+    tokens: int
+    windows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedKL:
+    """Divergence `kl` [W, T] in nats and changed top-1 choices `flips` [W, T] of every token."""
+
+    kl: Floats
+    flips: Flags
+
+    @property
+    def by_window(self) -> Floats:
+        """Mean of each window [W]."""
+        means: Floats = self.kl.mean(axis=1)
+        return means
+
+    def join(self, other: PairedKL) -> PairedKL:
+        """Both texts together."""
+        return PairedKL(
+            kl=np.concatenate([self.kl, other.kl]), flips=np.concatenate([self.flips, other.flips])
+        )
+
+    def summary(self, *, seed: int = 0) -> KLSummary:
+        """Mean with error bars by bootstrap over windows, p99 over tokens, flips."""
+        spread = bootstrap(self.by_window, seed=seed)
+        return KLSummary(
+            mean=spread.mean,
+            stderr=spread.stderr,
+            lower=spread.lower,
+            upper=spread.upper,
+            p99=float(np.percentile(self.kl, 99)),
+            flip_ratio=float(self.flips.mean()),
+            tokens=int(self.kl.size),
+            windows=int(self.kl.shape[0]),
+        )
+
+
+def bootstrap(values: Any, *, seed: int = 0, resamples: int = RESAMPLES) -> Spread:
+    """Spread of the mean of `values` [W] when windows are drawn again with replacement.
+
+    Raises ValueError without values. One value has no spread: its bounds are infinite.
+    """
+    sample = np.asarray(values, dtype=np.float64).ravel()
+    if sample.size == 0:
+        raise ValueError("values is empty; measure at least one window")
+    mean = float(sample.mean())
+    if sample.size == 1:
+        return Spread(mean=mean, stderr=np.inf, lower=-np.inf, upper=np.inf)
+    random = np.random.default_rng(seed)
+    drawn = sample[random.integers(sample.size, size=(resamples, sample.size))].mean(axis=1)
+    low, high = np.percentile(drawn, [_LOW, _HIGH])
+    return Spread(mean=mean, stderr=float(drawn.std()), lower=float(low), upper=float(high))
+
+
+def ratio_spread(above: Any, below: Any, *, seed: int = 0) -> Spread:
+    """Spread of mean(`above`) / mean(`below`), both [W] over the same windows."""
+    top = np.asarray(above, dtype=np.float64).ravel()
+    bottom = np.asarray(below, dtype=np.float64).ravel()
+    if top.size != bottom.size or top.size == 0:
+        raise ValueError(f"above and below must be of one length, not {top.size}, {bottom.size}")
+    mean = float(top.mean() / max(bottom.mean(), 1e-30))
+    if top.size == 1:
+        return Spread(mean=mean, stderr=np.inf, lower=-np.inf, upper=np.inf)
+    random = np.random.default_rng(seed)
+    drawn = random.integers(top.size, size=(RESAMPLES, top.size))
+    ratios = top[drawn].mean(axis=1) / np.maximum(bottom[drawn].mean(axis=1), 1e-30)
+    low, high = np.percentile(ratios, [_LOW, _HIGH])
+    return Spread(mean=mean, stderr=float(ratios.std()), lower=float(low), upper=float(high))
