@@ -205,6 +205,8 @@ class Assembly:
             hits_by_tier=hits,
             queries=now.queries - before.queries,
             tokens=now.tokens - before.tokens,
+            link_bytes_per_s=self.spec.link.bandwidth_bytes_per_s if self.spec.link else 0,
+            oldest_transfer_ns=self.fetcher.oldest_ns,
         )
         self._shipped = Counters(
             hits=dict(now.hits), queries=now.queries, tokens=now.tokens, stall_ns=now.stall_ns
@@ -224,6 +226,7 @@ class Assembly:
             "resident_bytes": self.slab.used_bytes,
             "quarantined_bytes": self.engine.quarantined_bytes,
             "in_flight": self.engine.in_flight,
+            "oldest_transfer_ns": self.fetcher.oldest_ns,
             "rss_bytes": peak_rss_bytes(),
         }
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Rows = np.ndarray[Any, np.dtype[Any]]
 
 UNKNOWN = "unknown"
+CONTROL = "control"
+"""Name of the controller's tier: it holds no blocks."""
 CODE_NAMES = {int(code): code.name.lower() for code in Code}
 
 
@@ -32,11 +34,13 @@ class RowBatch:
     `rows` is what `Ring.drain` returned, `names` its `Ring.names()`, `dropped` the growth of its
     `dropped` since the batch before. `tiers` names the tier of each source in `names` that is a
     store (`storage` is known). `hits_by_tier`, `queries` and `tokens` are the worker's counters,
-    again as growth since the batch before.
+    again as growth since the batch before. The controller's batches have no tier.
+    `link_bytes_per_s` is what an emulated link to this store gives its readers, 0 for a real one;
+    `oldest_transfer_ns` the age of the oldest transfer in flight at the drain.
     """
 
     store: str
-    tier: Tier
+    tier: Tier | None
     rows: bytes = b""
     names: tuple[str, ...] = ()
     tiers: dict[str, Tier] = field(default_factory=dict)
@@ -44,6 +48,13 @@ class RowBatch:
     hits_by_tier: dict[str, int] = field(default_factory=dict)
     queries: int = 0
     tokens: int = 0
+    link_bytes_per_s: int = 0
+    oldest_transfer_ns: int = 0
+
+    @property
+    def tier_name(self) -> str:
+        """Name of the store's tier, `control` for the controller."""
+        return CONTROL if self.tier is None else self.tier.name.lower()
 
     def table(self) -> Rows:
         """Rows as a structured array of `ROW`, without a copy."""
@@ -59,12 +70,19 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """Sum of transfers from one tier to another; `transfer_ns` sums their life times."""
+    """Sum of transfers from one tier to another; `transfer_ns` sums their life times.
+
+    The other times are parts of it: between submit and post, from post to the backend's end, and
+    for checking the bytes and making them readable.
+    """
 
     tier_from: str
     tier_to: str
     nbytes: int
     transfer_ns: int
+    queue_ns: int
+    wire_ns: int
+    activate_ns: int
     transfers: int
 
 
@@ -97,16 +115,20 @@ def aggregate(batch: RowBatch) -> Aggregate:
     for index in np.unique(rows["source"][arrived]).tolist():
         source = name_at(batch.names, index)
         tier = batch.tier_of(source)
-        mine = arrived & (rows["source"] == index)
-        nbytes = int(rows["nbytes"][mine].sum())
+        mine = rows[arrived & (rows["source"] == index)]
+        nbytes = int(mine["nbytes"].sum())
         bytes_by_source[source] = bytes_by_source.get(source, 0) + nbytes
-        before = flows.get(tier)
+        before = flows.get(tier) or _no_flow(tier, batch.tier_name)
         flows[tier] = Flow(
             tier_from=tier,
-            tier_to=batch.tier.name.lower(),
-            nbytes=nbytes + (before.nbytes if before else 0),
-            transfer_ns=int(life_ns[mine].sum()) + (before.transfer_ns if before else 0),
-            transfers=int(mine.sum()) + (before.transfers if before else 0),
+            tier_to=batch.tier_name,
+            nbytes=nbytes + before.nbytes,
+            transfer_ns=int(np.maximum(mine["end_ns"] - mine["start_ns"], 0).sum())
+            + before.transfer_ns,
+            queue_ns=int(mine["queue_ns"].sum()) + before.queue_ns,
+            wire_ns=int(mine["wire_ns"].sum()) + before.wire_ns,
+            activate_ns=int((mine["verify_ns"] + mine["activate_ns"]).sum()) + before.activate_ns,
+            transfers=len(mine) + before.transfers,
         )
     stall_ns = {
         name_at(batch.names, index): int(life_ns[waits & (rows["reason"] == index)].sum())
@@ -129,6 +151,13 @@ def aggregate(batch: RowBatch) -> Aggregate:
         rows=len(rows),
         dropped=batch.dropped,
     )
+
+
+def _no_flow(tier_from: str, tier_to: str) -> Flow:
+    return Flow(
+        tier_from=tier_from, tier_to=tier_to, nbytes=0, transfer_ns=0, queue_ns=0, wire_ns=0,
+        activate_ns=0, transfers=0,
+    )  # fmt: skip
 
 
 def name_at(table: Sequence[str], index: int) -> str:

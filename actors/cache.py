@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hotset.actors.fetcher import Fetcher
     from hotset.actors.store import Store
+    from hotset.actors.uses import Uses
     from hotset.policies.residency import LayerPlan, ResidencyPolicy
     from hotset.transport.inbox import Inbox
     from hotset.transport.slab import Slot
@@ -72,12 +73,17 @@ class HotCache:
         fetcher: Fetcher,
         policy: ResidencyPolicy,
         payload_nbytes: dict[Format, int],
+        uses: Uses | None = None,
     ) -> None:
-        """`payload_nbytes` is the payload of a block by format (the policy counts whole slots)."""
+        """`payload_nbytes` is the payload of a block by format (the policy counts whole slots).
+
+        `uses` is told what became of each landed block.
+        """
         self._store = store
         self._fetcher = fetcher
         self._policy = policy
         self._payload_nbytes = payload_nbytes
+        self._uses = uses
         self._flights: dict[BlockId, _Flight] = {}
         self._line: deque[BlockId] = deque()
         self._lock = threading.Lock()
@@ -239,6 +245,10 @@ class HotCache:
                 del self._flights[landing.block]
                 self._store.adopt(landing)
                 self._policy.landed(layer, expert)
+                if self._uses is not None:
+                    self._uses.landed(landing)
+                    if flight.waiters:
+                        self._uses.used(landing.block)
                 for inbox in flight.waiters:
                     self._policy.pin(layer, expert)
                     self._store.slab.pin(landing.slot)
@@ -276,6 +286,8 @@ class HotCache:
         slot = self._store.pin(BlockId(layer, expert), fmt)
         assert slot is not None, "policy and store disagree"  # noqa: S101 - own bug
         self._policy.pin(layer, expert)
+        if self._uses is not None:
+            self._uses.used(BlockId(layer, expert))
         return Held(layer=layer, expert=expert, slot=slot, format=fmt)
 
     def _slot(self, block: BlockId, fmt: Format) -> Slot:
@@ -286,6 +298,8 @@ class HotCache:
 
     def _drop(self, block: BlockId, fmt: Format, reason: Reason) -> None:
         self._policy.dropped(block.layer, block.index, reason=reason)
+        if self._uses is not None:
+            self._uses.dropped(block)
         self._store.drop(block, fmt, reason=reason)
 
     def _admit_or_queue(self, block: BlockId, flight: _Flight, wants: list[Want]) -> None:

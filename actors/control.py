@@ -10,6 +10,7 @@ Must not know Ray or how the brain decides. Every event is journalled before the
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hotset.actors import watch
+from hotset.actors.controllog import ControlLog
 from hotset.actors.frames import read_frames
 from hotset.actors.journal import JournalWriter
 from hotset.actors.lease import LEASE_NS
@@ -74,6 +77,7 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     floors: dict[int, str] = msgspec.field(default_factory=dict)
     default_floor: str = "bf16"
     mode: str = "active"
+    telemetry: str = ""
 
 
 class Records(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,6 +139,14 @@ class ControlCore:
         self._epoch_ns = self.incarnation
         self._next_tick_ns = 0
         self._expected: dict[str, int] = {}  # stores of the journal that have not joined again
+        self._unsettled_ns = 0  # since when stores owe a report; 0: they owe none
+        self.log = ControlLog(
+            first_row_id=secrets.randbits(62) | 1,
+            nbytes={
+                fmt.value: spec.nbytes if fmt is Format.BF16 else spec.reduced_nbytes
+                for fmt in Format
+            },
+        )
         self.settled = threading.Event()
         self.replayed = 0
         journal = Path(spec.run_dir) / "journal.msgpack"
@@ -246,7 +258,22 @@ class ControlCore:
             "vetoes": dict(self._vetoes),
             "emulated": list(self.spec.emulated),
             "mode": self.spec.mode,
+            "alerts": [alert.text for alert in self.alerts()],
         }
+
+    def alerts(self) -> tuple[watch.Alert, ...]:
+        """What should have moved on by now and has not."""
+        now_ns = self._clock_ns()
+        progress = watch.Progress(
+            epoch=self._brain.epoch,
+            epoch_age_ns=now_ns - self._epoch_ns,
+            unsettled_ns=now_ns - self._unsettled_ns if self._unsettled_ns else 0,
+            oldest_transfer_ns={
+                name: int(member.gauges.get("oldest_transfer_ns", 0))
+                for name, member in self._members.items()
+            },
+        )
+        return watch.alerts(progress, bounds=watch.Bounds())
 
     def why(self, block: BlockId) -> tuple[tuple[StoryLine, ...], tuple[Copy, ...]]:
         """Story and listed copies of a block."""
@@ -268,11 +295,17 @@ class ControlCore:
 
     def _feed(self, event: Event) -> None:
         self._journal.append(msgspec.msgpack.encode(pack(event)))
-        for command in self._brain.handle(event):
+        start_ns = self._clock_ns()
+        commands = self._brain.handle(event)
+        end_ns = self._clock_ns()
+        self.log.handled(event, commands, epoch=self._brain.epoch, start_ns=start_ns, end_ns=end_ns)
+        for command in commands:
             self._give(command)
         if self._brain.settled():
+            self._unsettled_ns = 0
             self.settled.set()
         else:
+            self._unsettled_ns = self._unsettled_ns or end_ns
             self.settled.clear()
 
     def _give(self, command: Command) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 import ray
 
-from hotset.actors import names
+from hotset.actors import names, watch
 from hotset.actors.control import ControlCore, ControlSpec
-from hotset.actors.messages import Heartbeat, Join, decode, encode
+from hotset.actors.membership import NAMESPACE
+from hotset.actors.messages import Heartbeat, Join, Rows, decode, encode
 from hotset.actors.metrics import make_metric
 from hotset.policies.types import BlockId
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PUBLISH_S = 1.0
 
@@ -23,9 +29,14 @@ class Controller:
     def __init__(self, spec: bytes) -> None:
         """Recover the run's state from its journal, if there is one."""
         self._core = ControlCore(msgspec.msgpack.decode(spec, type=ControlSpec))
-        shown = (names.EPOCH_NUMBER, names.EPOCH_AGE, names.BLOCKS, names.VETOES)
-        self._metrics = {metric.name: make_metric(metric) for metric in shown}
-        self._vetoes: dict[str, int] = {}
+        shown = (
+            names.EPOCH_NUMBER, names.EPOCH_AGE, names.BLOCKS, names.VETOES, names.DECISIONS,
+            names.IMBALANCE, names.ALERT,
+        )  # fmt: skip
+        run = self._core.spec.run
+        self._metrics = {metric.name: make_metric(metric, run=run) for metric in shown}
+        self._counted: dict[tuple[str, str], int] = {}
+        self._telemetry: ray.actor.ActorHandle | None = None
         self._publish_at = 0.0
 
     def __repr__(self) -> str:
@@ -78,9 +89,17 @@ class Controller:
         """Events that were recovered from the journal at birth."""
         return self._core.replayed
 
+    def clock(self) -> int:
+        """Wall clock here: nodes measure theirs against it."""
+        return time.time_ns()
+
     def close(self) -> None:
-        """Write the journal out."""
+        """Write the journal out, and send the last rows."""
         self._core.close()
+        sent = self._ship()
+        if sent is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(sent, timeout=5)
 
     def _publish(self) -> None:
         """Set the gauges that only the controller knows, once a second."""
@@ -93,8 +112,38 @@ class Controller:
         self._metrics[names.EPOCH_AGE.name].set(status["epoch_age_ns"] / 1e9)
         for state, count in status["states"].items():
             self._metrics[names.BLOCKS.name].set(count, tags={"state": state})
-        for reason, count in status["vetoes"].items():
-            fresh = count - self._vetoes.get(reason, 0)
+        self._count(names.VETOES, status["vetoes"])
+        self._count(names.DECISIONS, self._core.log.decisions)
+        imbalance = self._core.log.imbalance()
+        if imbalance is not None:
+            self._metrics[names.IMBALANCE.name].set(imbalance)
+        raised = {alert.kind for alert in self._core.alerts()}
+        for kind in watch.KINDS:
+            self._metrics[names.ALERT.name].set(int(kind in raised), tags={"alert": kind})
+        self._ship()
+
+    def _count(self, metric: names.Metric, totals: Mapping[str, int]) -> None:
+        for reason, total in totals.items():
+            fresh = total - self._counted.get((metric.name, reason), 0)
             if fresh:
-                self._metrics[names.VETOES.name].inc(fresh, tags={"reason": reason})
-                self._vetoes[reason] = count
+                self._metrics[metric.name].inc(fresh, tags={"reason": reason})
+                self._counted[metric.name, reason] = total
+
+    def _ship(self) -> ray.ObjectRef | None:
+        """Send new rows to telemetry and never wait; what cannot be sent counts as dropped."""
+        name = self._core.spec.telemetry
+        batch = self._core.log.take()
+        if not name or not (batch.rows or batch.dropped):
+            return None
+        rows = Rows(
+            batch=batch, resident_bytes=0, capacity_bytes=0, quarantined_bytes=0,
+            peak_rss_bytes=0, pid=os.getpid(),
+        )  # fmt: skip
+        try:
+            if self._telemetry is None:
+                self._telemetry = ray.get_actor(name, namespace=NAMESPACE)
+            return self._telemetry.ingest.remote(encode(rows))
+        except (ray.exceptions.RayError, ValueError):  # ValueError: no actor of this name
+            self._telemetry = None
+            self._core.log.put_back(batch)
+            return None

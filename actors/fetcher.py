@@ -96,6 +96,7 @@ class Fetcher:
         self._directory = directory
         self._checksums: dict[BlockId, int] = {}
         self.bytes_by_link: dict[str, int] = {}
+        self._posted_ns: dict[int, int] = {}  # of transfers in flight, by id
 
     def start(self, wants: Sequence[Want]) -> None:
         """Send the blocks on their way; every `on_end` is called exactly once, on any thread."""
@@ -116,6 +117,12 @@ class Fetcher:
             size = max(1, _BATCH_BYTES // group[0].nbytes)
             for first in range(0, len(group), size):
                 self._post(store, group[first : first + size])
+
+    @property
+    def oldest_ns(self) -> int:
+        """Age of the oldest transfer in flight, 0 when there is none."""
+        posted = list(self._posted_ns.values())
+        return time.monotonic_ns() - min(posted) if posted else 0
 
     def _post(self, store: str, group: list[Want]) -> None:
         nbytes = sum(want.nbytes for want in group)
@@ -141,9 +148,11 @@ class Fetcher:
                 self._slab.fail(want.slot)
                 self._next_source(want, transfer_id=0, error=str(error))
             return
+        self._posted_ns[ticket.transfer_id] = time.monotonic_ns()
         ticket.add_callback(lambda outcome: self._landed(store, group, outcome))
 
     def _landed(self, store: str, group: list[Want], outcome: Outcome) -> None:
+        self._posted_ns.pop(outcome.transfer_id, None)
         if outcome.status is Status.DONE and not any(item.lost for item in outcome.items):
             busy_ns = outcome.wire_ns + outcome.verify_ns
             self._directory.cost(store).observe(nbytes=outcome.nbytes, elapsed_ns=busy_ns)

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from hotset.actors import names
 
 
-def make_metric(metric: names.Metric) -> Any:
-    """A counter or gauge of `ray.util.metrics` with the table's labels and text."""
+def make_metric(metric: names.Metric, *, run: str) -> Any:
+    """A counter or gauge of `ray.util.metrics` with the table's labels, its run and text."""
     kind = ray_metrics.Counter if metric.kind == "counter" else ray_metrics.Gauge
-    return kind(metric.name, description=metric.meaning, tag_keys=metric.labels)
+    made = kind(metric.name, description=metric.meaning, tag_keys=metric.labels)
+    made.set_default_tags({"run": run})
+    return made

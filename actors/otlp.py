@@ -53,9 +53,9 @@ def int_prefix(key: names.Attribute) -> str:
 INT_SUFFIX = '"}}'
 
 
-def link_fragment(trace_id: int) -> tuple[str, str]:
-    """Text before and after the span id of a `waited_on` link."""
-    kind = attribute(names.LINK, names.WAITED_ON)
+def link_fragment(trace_id: int, *, kind_of_link: str = names.WAITED_ON) -> tuple[str, str]:
+    """Text before and after the span id of a link."""
+    kind = attribute(names.LINK, kind_of_link)
     return (
         f'{{"traceId":"{trace_id:032x}","spanId":"',
         f'","attributes":[{kind}],"flags":{_FLAGS}}}',

@@ -1,22 +1,23 @@
-"""Rows become spans in a file of OTLP JSON lines, and sums for metrics.
+"""Rows become spans in a file of OTLP JSON lines.
 
 Moves nothing but telemetry and decides only what is kept when there is too much. Must not know Ray,
-actors or placement: the Telemetry actor hands batches in and publishes what `Aggregate` says.
+actors or placement: the Telemetry actor hands batches in.
 
 **One trace a run.** Every span of a run, on all nodes, carries the run's trace id
 (`run_trace_id(run)`); the trace id of the request stands in `hotset.request.trace_id`. A step may
 wait for a transfer that another request caused, and the transfer's row may arrive later or be lost;
-with one trace id a `waited_on` link needs only the transfer's row id, which the WAIT row has. So
-every link can be written at once and resolves in any order of arrival.
+with one trace id a link needs only the transfer's row id, which the WAIT row has. So every link can
+be written at once and resolves in any order of arrival.
 
-Invariants: rows handed in + rows that rings lost = `written` + `dropped`; a span's id is its row's
-id; one line of the file is one batch, so a crash tears at most the last line; WAIT and STEP rows,
+Invariants: rows handed in + rows that rings lost = spans + dropped; a span's id is its row's id;
+one line of the file is one batch, so a crash tears at most the last line; plans, waits, steps,
 transfers and failures are never dropped to save time.
 """
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ from hotset.actors.batches import (
     aggregate,
     name_at,
 )
+from hotset.actors.kinds import KINDS, ControlKind
 from hotset.policies.types import Format
 from hotset.transport.records import NO_NAME, Code, Kind
 
@@ -39,8 +41,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hotset.actors.batches import Rows
+    from hotset.actors.clock import ClockOffset
 
-__all__ = ["Aggregate", "Flow", "RowBatch", "SpanWriter", "aggregate", "run_trace_id"]
+__all__ = [
+    "Aggregate",
+    "Flow",
+    "Line",
+    "RowBatch",
+    "SpanEncoder",
+    "SpanWriter",
+    "aggregate",
+    "run_trace_id",
+]
 
 FORMAT_NAMES = ("", *Format)
 """Names of the codes in rows: the place in the append-only enum, from 1; 0 is no format."""
@@ -52,6 +64,10 @@ _NAMES = {
     int(Kind.LAYER): names.SPAN_LAYER.name,
     int(Kind.WAIT): names.SPAN_WAIT.name,
     int(Kind.DISPATCH): names.SPAN_DISPATCH.name,
+    int(ControlKind.PLAN): names.SPAN_PLAN.name,
+    int(ControlKind.SCALE): names.SPAN_SCALE.name,
+    int(ControlKind.VETO): names.SPAN_VETO.name,
+    int(ControlKind.USE): names.SPAN_USE.name,
 }
 
 
@@ -60,12 +76,20 @@ def run_trace_id(run: str) -> int:
     return int.from_bytes(hashlib.blake2b(run.encode(), digest_size=16).digest(), "big") or 1
 
 
-class SpanWriter:
-    """Appends batches to one file, `trace-<node>.jsonl` by convention. One thread only."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A batch as text of one line; rows of the batch = `spans` + what `lost` adds to its drops."""
 
-    def __init__(  # noqa: PLR0913 - what every line of the file repeats
+    text: str
+    spans: int
+    lost: int
+
+
+class SpanEncoder:
+    """Turns batches into lines of OTLP JSON. Remembers, by step, what was waited for."""
+
+    def __init__(
         self,
-        path: str | os.PathLike[str],
         *,
         node: str,
         run: str,
@@ -73,10 +97,10 @@ class SpanWriter:
         formats: Sequence[str] = FORMAT_NAMES,
         max_rows: int = 100_000,
     ) -> None:
-        """Open for appending and create the folder.
+        """`formats[code]` names a row's `format`.
 
-        `formats[code]` names a row's `format`. Of a batch of more than `max_rows` rows, sampled
-        layers and then dispatches that went well are dropped and counted.
+        Of a batch of more than `max_rows` rows, sampled layers, then uses, then dispatches that
+        went well are dropped and counted.
         """
         self._node = node
         self._run = run
@@ -85,79 +109,41 @@ class SpanWriter:
         self._max_rows = max_rows
         self._trace = f"{run_trace_id(run):032x}"
         self._link = otlp.link_fragment(run_trace_id(run))
+        self._used = otlp.link_fragment(run_trace_id(run), kind_of_link=names.USED_LINK)
         self._waits: dict[int, dict[int, None]] = {}  # step -> transfers it waited for, in order
-        self._written = 0
-        self._dropped = 0
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._file = target.open("a", encoding="utf-8")
+        self.clock: ClockOffset | None = None
 
-    @property
-    def written(self) -> int:
-        """Spans written."""
-        return self._written
-
-    @property
-    def dropped(self) -> int:
-        """Rows that did not become spans: lost by rings, damaged, or over `max_rows` a batch."""
-        return self._dropped
-
-    def write(self, batch: RowBatch) -> int:
-        """Append one line; returns the number of spans in it. An empty batch writes nothing."""
+    def encode(self, batch: RowBatch, *, sampled_out: int = 0) -> Line | None:
+        """One line; None when the batch has nothing to tell."""
         table = batch.table()
         kept = _keep(table, max_rows=self._max_rows)
         self._remember_waits(kept)
         lost = batch.dropped + len(table) - len(kept)
-        if lost or len(kept):
-            resource: dict[names.Attribute, otlp.AttributeValue] = {
-                **self._resource(batch.store),
-                names.TIER: batch.tier.name.lower(),
-            }
-            self._append(self._encode(batch, kept), resource=resource, lost=lost)
-        return len(kept)
+        if not (lost or len(kept) or sampled_out):
+            return None
+        scope: dict[names.Attribute, otlp.AttributeValue] = {names.DROPPED: lost} if lost else {}
+        if sampled_out:
+            scope[names.SAMPLED_OUT] = sampled_out
+        text = otlp.line(self._spans(batch, kept), resource=self._resource(batch), scope=scope)
+        return Line(text=text, spans=len(kept), lost=lost)
 
-    def plan(self, *, epoch: int, reason: str, start_ns: int, end_ns: int, row_id: int) -> None:
-        """Append a `hotset.plan` span of the controller."""
-        text = otlp.span_text(
-            names.SPAN_PLAN.name,
-            trace=self._trace,
-            span_id=row_id,
-            parent=0,
-            start_ns=start_ns,
-            end_ns=end_ns,
-            attributes=f"{otlp.attribute(names.EPOCH, epoch)},"
-            f"{otlp.attribute(names.REASON, reason)}",
-        )
-        self._append([text], resource=self._resource("controller"), lost=0)
-
-    def close(self) -> None:
-        """Close the file. Idempotent."""
-        self._file.close()
-
-    def _resource(self, store: str) -> dict[names.Attribute, otlp.AttributeValue]:
+    def _resource(self, batch: RowBatch) -> dict[names.Attribute, otlp.AttributeValue]:
         resource: dict[names.Attribute, otlp.AttributeValue] = {
             names.SERVICE_NAME: names.SCOPE,
-            names.SERVICE_INSTANCE: store,
+            names.SERVICE_INSTANCE: batch.store,
             names.HOST_NAME: self._node,
             names.RUN: self._run,
-            names.STORE: store,
+            names.STORE: batch.store,
         }
         if self._emulated:
             resource[names.EMULATED] = self._emulated
+        resource[names.TIER] = batch.tier_name
+        if batch.link_bytes_per_s:
+            resource[names.LINK_BOUND] = batch.link_bytes_per_s
+        if self.clock is not None:
+            resource[names.CLOCK_OFFSET] = self.clock.offset_ns
+            resource[names.CLOCK_ERROR] = self.clock.error_ns
         return resource
-
-    def _append(
-        self,
-        spans: Sequence[str],
-        *,
-        resource: dict[names.Attribute, otlp.AttributeValue],
-        lost: int,
-    ) -> None:
-        scope: dict[names.Attribute, otlp.AttributeValue] = {names.DROPPED: lost} if lost else {}
-        self._file.write(otlp.line(spans, resource=resource, scope=scope))
-        self._file.flush()
-        self._written += len(spans)
-        self._dropped += lost
 
     def _remember_waits(self, rows: Rows) -> None:
         """Keep, by step, the transfers waited for: a step's row comes after its waits."""
@@ -170,13 +156,13 @@ class SpanWriter:
         while len(self._waits) > _MAX_WAITING_STEPS:  # steps whose rows were lost
             del self._waits[next(iter(self._waits))]
 
-    def _encode(self, batch: RowBatch, rows: Rows) -> list[str]:
+    def _spans(self, batch: RowBatch, rows: Rows) -> list[str]:
         fragments = _Fragments(batch, self._formats)
-        before, after = self._link
         texts: list[str] = []
         for row in rows.tolist():
             kind, code, *_ = row
             start_ns, end_ns, row_id, waits_for, parent = row[6:11]
+            before, after = self._used if kind == _USE else self._link
             linked = {waits_for: None} if waits_for else {}
             if kind == _STEP:
                 linked |= self._waits.pop(row_id, {})
@@ -196,9 +182,56 @@ class SpanWriter:
         return texts
 
 
-_OK, _STEP, _LAYER, _TRANSFER, _DISPATCH = (
-    int(Code.OK), int(Kind.STEP), int(Kind.LAYER), int(Kind.TRANSFER), int(Kind.DISPATCH),
+class SpanWriter:
+    """Appends batches to one file, `trace-<node>.jsonl` by convention. One thread only."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        node: str,
+        run: str,
+        emulated: Sequence[str] = (),
+        max_rows: int = 100_000,
+    ) -> None:
+        """Open for appending and create the folder. The rest is as for `SpanEncoder`."""
+        self.encoder = SpanEncoder(node=node, run=run, emulated=emulated, max_rows=max_rows)
+        self._written = 0
+        self._dropped = 0
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._file = target.open("a", encoding="utf-8")
+
+    @property
+    def written(self) -> int:
+        """Spans written."""
+        return self._written
+
+    @property
+    def dropped(self) -> int:
+        """Rows that did not become spans: lost by rings, damaged, or over `max_rows` a batch."""
+        return self._dropped
+
+    def write(self, batch: RowBatch) -> int:
+        """Append one line; returns the number of spans in it. An empty batch writes nothing."""
+        line = self.encoder.encode(batch)
+        if line is None:
+            return 0
+        self._file.write(line.text)
+        self._file.flush()
+        self._written += line.spans
+        self._dropped += line.lost
+        return line.spans
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self._file.close()
+
+
+_OK, _STEP, _LAYER, _TRANSFER = (
+    int(Code.OK), int(Kind.STEP), int(Kind.LAYER), int(Kind.TRANSFER),
 )  # fmt: skip
+_PLAN, _SCALE, _VETO, _USE = (int(kind) for kind in ControlKind)
 _LAYER_IS = otlp.int_prefix(names.LAYER)
 _INDEX_IS = otlp.int_prefix(names.INDEX)
 _TOKENS_IS = otlp.int_prefix(names.TOKENS)
@@ -208,7 +241,10 @@ _WIRE_IS = otlp.int_prefix(names.WIRE)
 _VERIFY_IS = otlp.int_prefix(names.VERIFY)
 _ACTIVATE_IS = otlp.int_prefix(names.ACTIVATE)
 _ATTEMPT_IS = otlp.int_prefix(names.ATTEMPT)
-_USED = otlp.attribute(names.USED, value=True)
+_EPOCH_IS = otlp.int_prefix(names.EPOCH)
+_STARTS_IS = otlp.int_prefix(names.STARTS)
+_DROPS_IS = otlp.int_prefix(names.DROPS)
+_USED = {flag: otlp.attribute(names.USED, value=bool(flag)) for flag in (0, 1)}
 _REQUEST_IS = f'{{"key":"{names.REQUEST.name}","value":{{"stringValue":"'
 _END = otlp.INT_SUFFIX
 
@@ -233,6 +269,8 @@ class _Fragments:
         trace_hi, trace_lo, nbytes, queue_ns, wire_ns, verify_ns, activate_ns = row[11:18]
         reason, used, attempt = row[18:]
         text = self._codes[code]
+        if kind in _CONTROL:
+            return text + self._control(row)
         if kind == _STEP:
             text += f",{_TOKENS_IS}{index}{_END}"
         elif kind == _LAYER:
@@ -245,11 +283,28 @@ class _Fragments:
         if kind == _TRANSFER:
             text += f",{_QUEUE_IS}{queue_ns}{_END},{_WIRE_IS}{wire_ns}{_END}"
             text += f",{_VERIFY_IS}{verify_ns}{_END},{_ACTIVATE_IS}{activate_ns}{_END}"
-            text += f",{_USED}" if used else ""
+            text += f",{_USED[1]}" if used else ""
             text += f",{_ATTEMPT_IS}{attempt}{_END}" if attempt else ""
         if trace_hi or trace_lo:
             text += f",{_REQUEST_IS}{trace_hi:016x}{trace_lo:016x}{_END}"
         return text
+
+    def _control(self, row: tuple[int, ...]) -> str:
+        kind, _, store, form, layer, index = row[:6]
+        nbytes, queue_ns, wire_ns, reason, used = *row[13:16], *row[18:20]
+        block = f",{_LAYER_IS}{layer}{_END},{_INDEX_IS}{index}{_END}{self._form(form)}"
+        moved = f",{_NBYTES_IS}{nbytes}{_END}" if nbytes else ""
+        why = self._reason(reason)
+        if kind == _PLAN:
+            asked = f",{_STARTS_IS}{queue_ns}{_END},{_DROPS_IS}{wire_ns}{_END}"
+            return f",{_EPOCH_IS}{index}{_END}{why}{moved}{asked}"
+        if kind == _USE:
+            return f"{block}{why}{moved},{_USED[min(used, 1)]}"
+        target = otlp.attribute(names.TARGET, name_at(self._batch.names, store))
+        if kind == _SCALE:
+            return f",{target}{why},{_EPOCH_IS}{index}{_END}"
+        bound = name_at(self._batch.names, queue_ns - 1) if queue_ns > 0 else ""
+        return f",{target}{block}{why},{otlp.attribute(names.BOUND, bound)}"
 
     def _source(self, index: int) -> str:
         text = self._sources.get(index)
@@ -274,13 +329,15 @@ class _Fragments:
         return text
 
 
+_CONTROL = frozenset(int(kind) for kind in ControlKind)
+
+
 def _keep(rows: Rows, *, max_rows: int) -> Rows:
-    """Rows that become spans: whole ones, and of too many all but layers and dispatches."""
+    """Rows that become spans: whole ones, and of too many those that are missed least."""
     kind = rows["kind"]
     failed = rows["code"] != Code.OK
-    whole = (kind >= min(Kind)) & (kind <= max(Kind)) & (rows["code"] <= max(Code))
-    whole &= rows["row_id"] != 0
-    for spare in (Kind.LAYER, Kind.DISPATCH):
+    whole = np.isin(kind, KINDS) & (rows["code"] <= max(Code)) & (rows["row_id"] != 0)
+    for spare in (Kind.LAYER, ControlKind.USE, Kind.DISPATCH):
         excess = int(whole.sum()) - max_rows
         if excess <= 0:
             break

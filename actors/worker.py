@@ -35,6 +35,7 @@ from hotset.actors.messages import (
 )
 from hotset.actors.peers import RayPeers, rows_from_bytes, rows_to_bytes
 from hotset.actors.tokenpath import PathConfig, RowIds, TokenPath
+from hotset.actors.uses import Uses
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.formats import codec
 from hotset.blocks.generate import TokenStream, generate
@@ -97,6 +98,7 @@ class GPUWorker:
             ),
             config=ResidencyConfig(),
         )
+        row_ids = RowIds(secrets.randbits(62) | 1)
         self._cache = HotCache(
             store=self._parts.store,
             fetcher=self._parts.fetcher,
@@ -105,6 +107,7 @@ class GPUWorker:
                 Format.BF16: catalog.block_nbytes,
                 Format.INT8: self._spec.store.reduced_nbytes,
             },
+            uses=Uses(self._parts.ring, take_id=row_ids.take),
         )
         device = torch.device(self._spec.store.device)
         self._path = TokenPath(
@@ -120,7 +123,7 @@ class GPUWorker:
             ),
             ring=self._parts.ring,
             counters=self._parts.counters,
-            row_ids=RowIds(secrets.randbits(62) | 1),
+            row_ids=row_ids,
             config=PathConfig(
                 reference=self._spec.reference,
                 numerics=self._spec.numerics,

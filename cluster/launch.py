@@ -19,6 +19,7 @@ import ray
 from hotset.actors import cgroup
 from hotset.actors.assembly import StoreSpec, telemetry_name
 from hotset.actors.control import ControlSpec
+from hotset.actors.exporters import sample_ratio, wanted
 from hotset.actors.membership import NAMESPACE, controller_name
 from hotset.actors.peers import actor_name
 from hotset.actors.telemetry import TelemetrySpec, Totals
@@ -158,12 +159,12 @@ class Deployment:
         for actor in (*self.workers.values(), *self.pools.values()):
             with contextlib.suppress(Exception):
                 ray.get(actor.close.remote(), timeout=CALL_S)
-        for actor in self.telemetry.values():
-            with contextlib.suppress(Exception):
-                ray.get(actor.close.remote(), timeout=CALL_S)
         if self.controller is not None:
             with contextlib.suppress(Exception):
                 ray.get(self.controller.close.remote(), timeout=CALL_S)
+        for actor in self.telemetry.values():
+            with contextlib.suppress(Exception):
+                ray.get(actor.close.remote(), timeout=CALL_S)
         actors = (*self.workers.values(), *self.pools.values(), *self.telemetry.values())
         for actor in (*actors, self.controller):
             self._kill(actor)
@@ -188,8 +189,10 @@ class Deployment:
 
     def _start_telemetry(self, node: str) -> None:
         spec = TelemetrySpec(
-            run=self.run, run_dir=str(self.run_dir), node=node, emulated=self.emulated
-        )
+            run=self.run, run_dir=str(self.run_dir), node=node, emulated=self.emulated,
+            controller=controller_name(self.run),
+            settings=_settings(),
+        )  # fmt: skip
         self.telemetry[node] = remote_classes()["telemetry"].options(
             name=telemetry_name(self.run, node), namespace=NAMESPACE, lifetime="detached",
             max_restarts=-1, num_cpus=0, **self._place(node),
@@ -263,7 +266,7 @@ class Deployment:
             ) from None
 
     def _control_spec(self) -> ControlSpec:
-        config = self.config
+        config, nodes = self.config, self.nodes or ["any"]
         return ControlSpec(
             run=self.run,
             run_dir=str(self.run_dir),
@@ -278,13 +281,22 @@ class Deployment:
             floors=dict(config.floors),
             default_floor=config.default_floor,
             mode=config.mode,
+            telemetry=telemetry_name(self.run, "head" if "head" in nodes else nodes[0]),
         )
+
+
+def _settings() -> dict[str, str]:
+    """OpenTelemetry's variables: the actors of all nodes get those of the driver."""
+    return {key: value for key, value in os.environ.items() if key.startswith("OTEL_")}
 
 
 def prepare(config: RunConfig, *, run: str, say: Callable[[str], None]) -> Deployment:
     """Check model and sizes; everything that can be wrong is found here, before Ray starts."""
     from hotset.blocks.checkpoint import Catalog
 
+    settings = _settings()
+    wanted(settings)
+    sample_ratio(settings)
     catalog = Catalog.open(config.model)
     return Deployment(
         run=run,

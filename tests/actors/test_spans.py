@@ -231,15 +231,6 @@ def test_links_resolve_across_batches_stores_and_nodes(tmp_path: Path) -> None:
     assert run_trace_id("r1") != run_trace_id("r2")
 
 
-def test_plan_is_a_span_of_the_controller(tmp_path: Path) -> None:
-    writer = SpanWriter(tmp_path / "t.jsonl", node="n0", run="r1")
-    writer.plan(epoch=4, reason="rebalance", start_ns=5, end_ns=9, row_id=3)
-    [span] = spans_in(tmp_path / "t.jsonl")
-    assert span["name"] == names.SPAN_PLAN.name
-    assert attributes_of(span) == {"hotset.epoch": 4, "hotset.reason": "rebalance"}
-    assert writer.written == 1
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_sums_agree_with_counting_rows_one_by_one(seed: int) -> None:
     rows = random_rows(400, seed=seed)
@@ -295,4 +286,7 @@ def test_names_are_unique_and_metrics_have_bounded_labels() -> None:
         assert len(spelled) == len(set(spelled))
         assert all(one.meaning for one in group)
     labels = {label for metric in names.METRICS for label in metric.labels}
-    assert labels <= {"store", "tier", "tier_from", "tier_to", "reason", "code", "state"}
+    assert labels <= {
+        "run", "node", "store", "tier", "tier_from", "tier_to", "reason", "code", "state", "alert",
+    }  # fmt: skip
+    assert all("run" in metric.labels for metric in names.METRICS)
