@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PAGE_BYTES: Final = 4096
+PART_BYTES: Final = 1 << 20  # of what is cached, to be hashed before it leaves the processor's
 DIRECT_MIN_BYTES: Final = 256 << 10  # 128 KiB: 0.9 of a buffered read, 512 KiB: 1.2
 _STRIDE: Final = 0x9E3779B1  # odd: successive multiples spread over all pages of a run
 _REFUSED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -67,8 +68,18 @@ class Files:
         self._bounce = _Bounce()
         self._probes = itertools.count(1)
 
-    def read(self, path: str, *, offset: int, views: Sequence[memoryview]) -> str:
-        """Read the bytes at `offset` into `views`, back to back; '' or what went wrong."""
+    def read(
+        self,
+        path: str,
+        *,
+        offset: int,
+        views: Sequence[memoryview],
+        landed: Callable[[int], None] = lambda _: None,
+    ) -> str:
+        """Read the bytes at `offset` into `views`, back to back; '' or what went wrong.
+
+        `landed(count)` is told of them in order, and soon: while they are still in a cache.
+        """
         try:
             file = self._open(path)
             nbytes = sum(view.nbytes for view in views)
@@ -76,10 +87,12 @@ class Files:
             done = 0
             if nbytes >= DIRECT_MIN_BYTES and file.direct >= 0 and not file.refused:
                 if self._direct is None:
-                    done = self._read_cached(path, file, left, offset)
+                    done = self._read_cached(path, file, left, offset, landed)
                 if done < nbytes and not file.refused:
-                    done += self._read_direct(path, file, left, offset + done)
-            done += _read_buffered(file.handle, left, offset + done)
+                    count = self._read_direct(path, file, left, offset + done)
+                    landed(count)
+                    done += count
+            done += _read_buffered(file.handle, left, offset + done, landed)
         except OSError as error:
             return f"cannot read {path} ({error.strerror})"
         if done == nbytes:
@@ -123,21 +136,34 @@ class Files:
         file.refused = True
         self._give_up(path, error)
 
-    def _read_cached(self, path: str, file: _File, views: list[memoryview], offset: int) -> int:
+    def _read_cached(
+        self,
+        path: str,
+        file: _File,
+        views: list[memoryview],
+        offset: int,
+        landed: Callable[[int], None],
+    ) -> int:
         """Read up to the first byte that is not cached, if one page somewhere in the run is."""
+        done = 0
         pages = sum(view.nbytes for view in views) // PAGE_BYTES
         asked = offset + next(self._probes) * _STRIDE % pages * PAGE_BYTES
         try:
             if os.preadv(file.handle, [bytearray(1)], asked, os.RWF_NOWAIT) == 0:
                 return 0
-            count = os.preadv(file.handle, views, offset, os.RWF_NOWAIT)
+            while views:
+                part = _first(views, PART_BYTES)
+                count = os.preadv(file.handle, part, offset + done, os.RWF_NOWAIT)
+                landed(count)
+                _advance(views, count)
+                done += count
+                if count < sum(view.nbytes for view in part):
+                    break
         except BlockingIOError:
-            return 0
+            pass
         except OSError as error:  # its cache cannot be asked, so the kernel shall decide
             self._refuse(path, file, error)
-            return 0
-        _advance(views, count)
-        return count
+        return done
 
     def _read_direct(self, path: str, file: _File, views: list[memoryview], offset: int) -> int:
         """Read directly what can be; drops what is complete from `views`; returns the bytes."""
@@ -175,7 +201,9 @@ class Files:
         return self._bounce.array
 
 
-def _read_buffered(handle: int, views: list[memoryview], offset: int) -> int:
+def _read_buffered(
+    handle: int, views: list[memoryview], offset: int, landed: Callable[[int], None]
+) -> int:
     """Read until the views are full or the file ends; returns the bytes."""
     done = 0
     while views:
@@ -183,8 +211,21 @@ def _read_buffered(handle: int, views: list[memoryview], offset: int) -> int:
         if count == 0:
             break
         done += count
+        landed(count)
         _advance(views, count)
     return done
+
+
+def _first(views: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """Views from the front that have up to `nbytes`, but one at least."""
+    part = [views[0]]
+    have = views[0].nbytes
+    for view in views[1:]:
+        have += view.nbytes
+        if have > nbytes:
+            break
+        part.append(view)
+    return part
 
 
 def _advance(views: list[memoryview], count: int) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from hotset.errors import TransportError
 from hotset.transport.base import Priority
+from hotset.transport.cores import Aside
 from hotset.transport.inbox import Inbox
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Hands:
         self._back: Inbox[Haul] = Inbox()
         self.given = 0
         self._cores = len(os.sched_getaffinity(0))
+        self._thread = Aside()
 
     def may_take(self, post: Post) -> bool:
         """Whether to give a post away: somebody waits, and there is as much left for the owner."""
@@ -66,11 +68,14 @@ class Hands:
 
     def give(self, post: Post) -> None:
         """Let the second thread read it."""
+        if not self.given:
+            self._thread.keep_off_this_core()
         self.given += 1
         self._put(Haul(post))
 
     def carry_out(self, haul: Haul) -> None:
         """On the second thread."""
+        self._thread.here()
         try:
             if haul.post.end:
                 haul.landing = self._fused.read_piece(haul.post, ahead=True)

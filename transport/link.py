@@ -35,6 +35,7 @@ FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
 IN_CALL_BYTES: Final = (4 << 20) + (
     64 << 10
 )  # a post that copies in the call: short enough to share out
+IN_CALL_MIN_BYTES: Final = (1 << 20) + (64 << 10)
 ALONE_BYTES: Final = 4 << 20  # so much one thread reads sooner than it wakes a second one
 HALVES_BYTES: Final = 16 << 20  # so much each of two threads reads in one post
 RATE_MIN_BYTES: Final = 256 << 10  # shorter posts measure latency
@@ -147,9 +148,10 @@ class Link:
         """
         half = self.window_bytes // 2
         if self.in_call:
-            if total <= ALONE_BYTES:
-                return min(half, left)
-            return min(half, total // 2 if total <= HALVES_BYTES else IN_CALL_BYTES)
+            if total <= HALVES_BYTES:
+                return min(half, left if total <= ALONE_BYTES else total // 2)
+            short = max(left // 4, IN_CALL_MIN_BYTES)  # towards the end: both shall end together
+            return min(half, short, IN_CALL_BYTES)
         piece = min(half, max(left // 2, min(PIECE_MIN_BYTES, half)))
         return piece if left - piece > piece // 2 else left  # no crumbs
 

@@ -82,8 +82,8 @@ def test_neighbours_of_several_items_are_one_read() -> None:
     ]
     runs = plan_runs(ranges, views)
     assert [(run.path, run.offset, run.nbytes, run.owners) for run in runs] == [
-        ("a", 0, 45, [0, 0, 1]),
-        ("b", 45, 5, [1]),
+        ("a", 0, 45, {0, 1}),
+        ("b", 45, 5, {1}),
     ]
 
 

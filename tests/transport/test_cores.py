@@ -1,0 +1,53 @@
+"""Where a woken thread may run."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from hotset.transport.cores import Aside
+
+CORES = os.sched_getaffinity(0)
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="one core only")
+def test_a_thread_is_kept_off_its_wakers_core_and_no_further() -> None:
+    aside, known, done = Aside(), threading.Event(), threading.Event()
+    aside.keep_off_this_core()  # of nobody yet: nothing happens
+    ids = []
+
+    def work() -> None:
+        aside.here()
+        ids.append(threading.get_native_id())
+        known.set()
+        done.wait(20)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert known.wait(20)
+        for core in sorted(CORES)[:2]:
+            os.sched_setaffinity(0, {core})
+            aside.keep_off_this_core()
+            assert os.sched_getaffinity(ids[0]) == CORES - {core}
+    finally:
+        os.sched_setaffinity(0, CORES)
+        done.set()
+        thread.join()
+    os.sched_setaffinity(0, {min(CORES)})
+    try:
+        aside.keep_off_this_core()  # of a thread that has ended: nothing happens
+    finally:
+        os.sched_setaffinity(0, CORES)
+
+
+def test_what_may_use_one_core_only_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    aside = Aside()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _tid: {0})
+    asked: list[object] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *what: asked.append(what))
+    aside.here()
+    aside.keep_off_this_core()
+    assert not asked

@@ -1,0 +1,59 @@
+"""Wakes a thread on another core than the waker's.
+
+In a virtual machine Linux may take an idle core, whose host has halted it, for one that the host
+has given to somebody else. Then it wakes a thread on the waker's core, where that one waits until
+the waker pauses or the next balancing comes, milliseconds later. Two threads that shall copy at the
+same time then take turns: reads of 64 MiB took 1.4 times as long. A hint in time costs 3 us.
+
+It knows no transfers. Where the system has no such call, nothing happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _find_getcpu() -> Callable[[], int] | None:
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    libc: Any = ctypes.CDLL(None)
+    found: Callable[[], int] | None = getattr(libc, "sched_getcpu", None)
+    return found
+
+
+_getcpu: Final = _find_getcpu()
+
+
+class Aside:
+    """One thread, as those see it who wake it."""
+
+    def __init__(self) -> None:
+        """Know no thread yet."""
+        self._tid = 0
+        self._allowed: set[int] = set()
+        self._off = -1
+
+    def here(self) -> None:
+        """On the thread itself, before it works: this is the one."""
+        if self._tid == 0 and _getcpu is not None:
+            self._allowed = os.sched_getaffinity(0)
+            self._tid = threading.get_native_id()
+
+    def keep_off_this_core(self) -> None:
+        """On the waker's thread, before it wakes the other."""
+        if self._tid == 0 or _getcpu is None or len(self._allowed) < 2:
+            return
+        core = _getcpu()
+        if core == self._off:
+            return
+        try:
+            os.sched_setaffinity(self._tid, self._allowed - {core})
+        except OSError:  # the thread has ended, or the cores are not ours any more
+            self._tid = 0
+        self._off = core
