@@ -51,7 +51,7 @@ from hotset.policies.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hotset.policies.states import StoryLine
+    from hotset.policies.story import StoryLine
     from hotset.policies.types import Copy
     from hotset.transport.base import PeerInfo
 

@@ -12,7 +12,7 @@ from hotset.actors.messages import unpack_event
 from hotset.dashboards.journal import read_frames
 from hotset.dashboards.status import Status, StoryLine
 from hotset.errors import ClusterError, ConfigError
-from hotset.policies.states import StoryLine as BrainLine
+from hotset.policies.story import StoryLine as BrainLine
 from hotset.policies.types import BlockId, Copy, CopyDropped, CopyLanded, StoreLost, TransferFailed
 
 if TYPE_CHECKING:

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from hotset.policies.schedule import Service, service_of
 from hotset.policies.types import Format, Reason, StoreInfo, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from hotset.policies.config import PolicyConfig
     from hotset.policies.types import BlockInfo
+
+
+LONG_AGO_NS = -(1 << 62)
+_NEVER = 1 << 62
 
 
 class Wish(NamedTuple):
@@ -31,6 +37,7 @@ class Wish(NamedTuple):
     format: Format
     reason: Reason
     cause: str
+    due_ns: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +47,8 @@ class Pending:
     nbytes: int
     reason: Reason
     asked_ns: int
+    cancelled: bool = False
+    from_format: Format | None = None  # a change of format in place; the store finds the room
 
 
 class Sizes:
@@ -73,12 +82,16 @@ class StoreBook:
         self.used_bytes = 0
         self.pending_bytes = 0
         self.full = np.zeros(size, dtype=bool)  # a verified full copy is listed
+        self.reduced = np.zeros(size, dtype=bool)  # a verified reduced copy is listed
         self.coming = np.zeros(size, dtype=bool)  # a full copy is asked for or queued
         self.landed_ns = np.zeros(size, dtype=np.int64)
+        self.left_ns = np.full(size, LONG_AGO_NS, dtype=np.int64)  # when the brain last emptied it
+        self.unknown_bytes = 0  # in use by the store's own report, but no copy and no claim of ours
         self.retry_ns: dict[tuple[int, Format], int] = {}
         self.pending: dict[tuple[int, Format], Pending] = {}
         self.dropping: dict[tuple[int, Format], int] = {}  # asked at
-        self.queue: deque[Wish] = deque()
+        self.queue: deque[Wish] = deque()  # staging, by deadline
+        self.later: deque[Wish] = deque()  # background: whenever the link is free
 
     @property
     def pool(self) -> bool:
@@ -92,24 +105,45 @@ class StoreBook:
 
     def free_bytes(self, sizes: Sizes) -> int:
         """Bytes that nothing holds, claims or waits for; drops on their way count as free."""
-        queued = sum(sizes.of(wish.flat, wish.format) for wish in self.queue)
+        queued = sum(sizes.of(wish.flat, wish.format) for wish in self.wishes())
         leaving = sum(sizes.of(flat, form) for flat, form in self.dropping)
-        return self.capacity_bytes - self.used_bytes - self.pending_bytes - queued + leaving
+        taken = self.used_bytes + self.pending_bytes + self.unknown_bytes
+        return self.capacity_bytes - taken - queued + leaving
 
     def fits(self, nbytes: int) -> bool:
         """Whether the bytes fit now, counting what is on its way."""
-        return self.used_bytes + self.pending_bytes + nbytes <= self.capacity_bytes
+        taken = self.used_bytes + self.pending_bytes + self.unknown_bytes
+        return taken + nbytes <= self.capacity_bytes
+
+    def background_bytes(self) -> int:
+        """Bytes on their way here that nobody waits for."""
+        return sum(
+            pending.nbytes
+            for pending in self.pending.values()
+            if service_of(pending.reason) is Service.BACKGROUND
+        )
+
+    def wishes(self) -> Iterator[Wish]:
+        """All queued copies, staging first."""
+        return chain(self.queue, self.later)
 
     def wish(self, wish: Wish) -> None:
-        """Queue a copy for this store."""
-        self.queue.append(wish)
+        """Queue a copy for this store: by its service, and within it by its deadline."""
+        if service_of(wish.reason) is Service.BACKGROUND:
+            self.later.append(wish)
+        else:
+            self.queue.append(wish)
+            if wish.due_ns:
+                self.queue = deque(sorted(self.queue, key=lambda one: one.due_ns or _NEVER))
         if wish.format is Format.BF16:
             self.coming[wish.flat] = True
 
-    def ask(self, wish: Wish, *, nbytes: int, now_ns: int) -> None:
-        """Claim the bytes of a transfer that is asked for now."""
+    def ask(
+        self, wish: Wish, *, nbytes: int, now_ns: int, from_format: Format | None = None
+    ) -> None:
+        """Claim the bytes of a transfer, or of a change in place, that is asked for now."""
         self.pending[wish.flat, wish.format] = Pending(
-            nbytes=nbytes, reason=wish.reason, asked_ns=now_ns
+            nbytes=nbytes, reason=wish.reason, asked_ns=now_ns, from_format=from_format
         )
         self.pending_bytes += nbytes
 
@@ -124,7 +158,8 @@ class StoreBook:
 
     def forget_wishes(self) -> None:
         """Empty the queue."""
-        for wish in self.queue:
+        for wish in self.wishes():
             if wish.format is Format.BF16:
                 self.coming[wish.flat] = False
         self.queue.clear()
+        self.later.clear()

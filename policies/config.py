@@ -56,18 +56,38 @@ class PolicyConfig:
     """Steers the brain of the cluster."""
 
     popularity_half_life_tokens: int = 4096
-    """Tokens after which a routed token counts half. Ageing follows tokens, not time, so an idle
-    cluster forgets nothing."""
+    """Tokens after which a routed token counts half, to begin with: an eighth and eight times of it
+    are tried as well. Ageing follows tokens, not time, so an idle cluster forgets nothing."""
     tick_ns: int = 2_000_000_000
     """Shortest time between two reconsiderations of the placement."""
     min_dwell_ns: int = 10_000_000_000
     """A copy in a pool stays at least this long before a hotter block may take its place."""
+    cool_down_ns: int = 10_000_000_000
+    """A block that has left a pool does not come back to it by popularity before this."""
     min_gain_ratio: float = 1.5
     """A block must be this many times as popular as the copy that it would displace."""
     bytes_per_tick: int = 1 << 30
     """Most bytes that one reconsideration may ask to move between pools."""
     warm_bytes_in_flight: int = 8 << 30
     """Most bytes on their way to one store during its first fill."""
+    background_bytes_in_flight: int = 256 << 20
+    """Most bytes of background work on their way to one store."""
+    payback_ns: int = 60_000_000_000
+    """A move between pools must save more stall than it takes within this time."""
+    dense_at: int = 600
+    """Share of all blocks, in thousandths, that a step must touch for the regime to be dense."""
+    dense_leave: int = 500
+    """Share below which it is sparse again."""
+    pause_at: int = 700
+    """Share of a store's time, in thousandths, that demand takes before background work waits."""
+    resume_at: int = 500
+    """Share at which it goes on."""
+    telemetry_ttl_ns: int = 10_000_000_000
+    """A report older than this says nothing any more."""
+    sensitivity: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Measured divergence by layer of a cheap format, nats; orders changes of format."""
+    changes_per_tick: int = 4
+    """Most changes of format that one reconsideration asks of one store."""
     retry_ns: int = 10_000_000_000
     """Wait before a transfer that failed is asked for again."""
     transfer_timeout_ns: int = 120_000_000_000

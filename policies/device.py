@@ -16,15 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hotset.errors import ConfigError, InvalidTransition
-from hotset.policies.states import (
-    ARROWS,
-    BlockStory,
-    StateEvent,
-    StoryLine,
-    advance,
-    landed_event,
-    state_of,
-)
+from hotset.policies.states import ARROWS, StateEvent, advance, landed_event, state_of
+from hotset.policies.story import BlockStory, StoryLine
 from hotset.policies.types import BlockId, Format, Reason, State
 
 if TYPE_CHECKING:

@@ -11,23 +11,41 @@ what is listed).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hotset.policies import placement
+from hotset.policies import placement, score
 from hotset.policies.books import Sizes, StoreBook
 from hotset.policies.config import PolicyConfig
 from hotset.policies.directory import CopyKey, Delta, Directory
 from hotset.policies.guard import Guardrail
-from hotset.policies.popularity import ONE, Popularity
-from hotset.policies.states import BlockStory, StoryLine, state_of
-from hotset.policies.types import BlockId, BlockInfo, Copy, Format, Reason, State, StoreInfo
+from hotset.policies.halflife import LearntPopularity
+from hotset.policies.outlook import GUESSES, Outlook, Regime
+from hotset.policies.popularity import ONE
+from hotset.policies.states import state_of
+from hotset.policies.story import Stories, StoryLine
+from hotset.policies.types import BlockId, BlockInfo, Copy, Format, Reason, State, StoreInfo, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from hotset.policies.linkmodel import LinkSpec
+
+
+_HIDE_STEP_NS = 100_000
+"""Layer times are compared in steps of this, so that their noise does not reprice all blocks."""
+
+
+class _Prices(NamedTuple):
+    """Of each block; `basis` is what they were computed from."""
+
+    basis: tuple[LinkSpec, LinkSpec, int]
+    saved_ns: NDArray[np.int64]
+    move_ns: NDArray[np.int64]
+    weight: NDArray[np.int64]
 
 
 class ClusterLedger:
@@ -54,12 +72,15 @@ class ClusterLedger:
         spread = sorted(self._flat, key=lambda block: (block.index, block.layer))
         self._spread = np.array([self._flat[block] for block in spread], dtype=np.intp)
         self._sizes = Sizes(self.blocks, config=self.config)
-        self._popularity = Popularity(
+        self._popularity = LearntPopularity(
             len(self.blocks), half_life_tokens=self.config.popularity_half_life_tokens
         )
+        self._outlook = Outlook(self.config)
+        self._sensitivity = score.sensitivities(self.blocks, self.config.sensitivity)
+        self._priced: _Prices | None = None
         self._directory = Directory(changes_kept=self.config.changes_kept)
         self._books: dict[str, StoreBook] = {}
-        self._stories: dict[BlockId, BlockStory] = {}
+        self._stories = Stories(limit=self.config.story_lines)
         self._now_ns = 0
         self._checked_epoch = epoch
         self._may_reduce = np.array(
@@ -100,7 +121,10 @@ class ClusterLedger:
 
     def settled(self) -> bool:
         """Whether nothing is on its way, queued or about to be dropped."""
-        return not any(book.pending or book.queue or book.dropping for book in self._books.values())
+        return not any(
+            book.pending or book.queue or book.later or book.dropping
+            for book in self._books.values()
+        )
 
     def drained(self, store: str) -> bool:
         """Whether no copy of this store is on its way to, or waits for, another store."""
@@ -146,24 +170,37 @@ class ClusterLedger:
         """Aged tokens by block, [blocks], in the order of `blocks`."""
         return self._popularity.counts / ONE
 
+    @property
+    def half_life_tokens(self) -> int:
+        """Half-life of popularity that has predicted best so far."""
+        return self._popularity.half_life_tokens
+
+    @property
+    def regime(self) -> Regime:
+        """What a step asks of the cluster, as of the last tick."""
+        return self._outlook.regime
+
+    def pressed(self, store: str) -> bool:
+        """Whether background work to and from this store waits."""
+        return self._outlook.pressed(store)
+
+    def reuse_horizon_ns(self) -> NDArray[np.int64]:
+        """Expected time between two uses of each block; `score.NEVER_NS` where nobody knows."""
+        return score.reuse_horizon_ns(self._popularity.counts, rates=self._rates())
+
     def story_lines(self, block: BlockId) -> tuple[StoryLine, ...]:
         """Return what happened to the block, oldest first."""
-        story = self._stories.get(block)
-        return story.lines() if story else ()
+        return self._stories.lines(block)
 
     def story(self, block: BlockId) -> tuple[str, ...]:
         """Return what happened to the block, oldest first, one line each."""
-        story = self._stories.get(block)
-        return tuple(str(line) for line in story.lines()) if story else ()
+        return tuple(str(line) for line in self._stories.lines(block))
 
     # --- shared with the brain ---------------------------------------------------------------
 
     def _note(self, block: BlockId, event: str, reason: Reason | None, *, store: str) -> None:
         """Add to the block's story; the line shows its state at `store` after the event."""
-        story = self._stories.get(block)
-        if story is None:
-            story = self._stories[block] = BlockStory(limit=self.config.story_lines)
-        story.add(
+        self._stories.of(block).add(
             self._now_ns, state=self.state(block, store), event=event, reason=reason, store=store
         )
 
@@ -172,9 +209,9 @@ class ClusterLedger:
         if self._directory.add(copy) is None:
             book.used_bytes += self._sizes.of(flat, copy.format)
         book.capacity_bytes = max(book.capacity_bytes, book.used_bytes)
-        if copy.format is Format.BF16:
-            book.full[flat] = True
-            book.landed_ns[flat] = self._now_ns
+        here = book.full if copy.format is Format.BF16 else book.reduced
+        here[flat] = True
+        book.landed_ns[flat] = self._now_ns
 
     def _unlist(self, book: StoreBook, key: CopyKey) -> None:
         flat = self._flat[key.block]
@@ -184,11 +221,57 @@ class ClusterLedger:
         book.used_bytes -= self._sizes.of(flat, key.format)
         if key.format is Format.BF16:
             book.full[flat] = False
+        else:
+            left = self._directory.of_block(key.block)
+            book.reduced[flat] = any(
+                copy.store == key.store and copy.format is not Format.BF16 for copy in left
+            )
+
+    def _rates(self) -> score.Rates:
+        outlook = self._outlook
+        return score.Rates(
+            tokens_per_s=outlook.tokens_per_s(self._now_ns),
+            uses_per_token=outlook.uses_per_token,
+            hide_ns=outlook.hide_ns(self._now_ns),
+        )
+
+    def _prices(self, hide_ns: int) -> _Prices:
+        """What reads and moves cost, computed anew only when somebody has measured anew."""
+        near = self._slowest(Tier.HOST)
+        far = self._slowest(Tier.CXL)
+        basis = (near, far, hide_ns // _HIDE_STEP_NS)
+        if self._priced is None or self._priced.basis != basis:
+            nbytes = self._sizes.full
+            saved = score.saved_ns(nbytes, near=near, far=far, hide_ns=hide_ns)
+            move_ns = score.exposed_ns(nbytes, link=far, hide_ns=0, decode_ns=0)
+            weight = score.weights(saved, nbytes)
+            self._priced = _Prices(basis, saved, move_ns, weight)
+        return self._priced
+
+    def _slowest(self, tier: Tier) -> LinkSpec:
+        specs = [
+            self._outlook.link(name, tier)
+            for name in sorted(self._books)
+            if self._books[name].info.tier is tier
+        ] or [GUESSES[tier]]
+        return min(specs, key=lambda spec: (spec.bandwidth_bytes_per_s, -spec.latency_ns))
 
     def _view(self) -> placement.View:
+        counts, rates = self._popularity.counts, self._rates()
+        prices = self._prices(rates.hide_ns)
         return placement.View(
             books=[self._books[name] for name in sorted(self._books)],
-            counts=self._popularity.counts,
+            counts=counts,
+            worth=score.worth(counts, prices.weight),
+            pays=score.pays(
+                counts,
+                saved=prices.saved_ns,
+                move_ns=prices.move_ns,
+                rates=rates,
+                payback_ns=self.config.payback_ns,
+            ),
+            dense=self._outlook.regime is Regime.DENSE,
+            pressed=frozenset(name for name in self._books if self._outlook.pressed(name)),
             spread=self._spread,
             sizes=self._sizes,
             may_reduce=self._may_reduce,
@@ -219,7 +302,9 @@ class ClusterLedger:
         assert used + claimed <= book.capacity_bytes <= book.info.capacity_bytes, name  # noqa: S101 - our own bugs
         full = {self._flat[copy.block] for copy in copies if copy.format is Format.BF16}
         assert full == set(np.flatnonzero(book.full).tolist()), name  # noqa: S101 - our own bugs
-        wished = [(wish.flat, wish.format) for wish in book.queue]
+        reduced = {self._flat[copy.block] for copy in copies if copy.format is not Format.BF16}
+        assert reduced == set(np.flatnonzero(book.reduced).tolist()), name  # noqa: S101 - our own bugs
+        wished = [(wish.flat, wish.format) for wish in book.wishes()]
         coming = {flat for flat, form in [*book.pending, *wished] if form is Format.BF16}
         assert coming == set(np.flatnonzero(book.coming).tolist()), name  # noqa: S101 - our own bugs
         assert len(set(wished)) == len(wished), name  # noqa: S101 - our own bugs

@@ -53,11 +53,18 @@ class Take:
 class View:
     """What every planner looks at. `spread[i]` is the i-th block of the spread order.
 
-    `may_reduce[flat]`: the precision floor allows a reduced copy.
+    `counts` is popularity, `worth` that times the stall that a nearer copy avoids, `pays` says
+    whether this outweighs moving the block. `may_reduce[flat]`: the precision floor allows a
+    reduced copy. `dense`: a step touches nearly all blocks. `pressed`: stores that compute keeps
+    busy, where nothing is rearranged.
     """
 
     books: Sequence[StoreBook]
     counts: NDArray[np.int64]
+    worth: NDArray[np.int64]
+    pays: NDArray[np.bool_]
+    dense: bool
+    pressed: frozenset[str]
     spread: NDArray[np.intp]
     sizes: Sizes
     may_reduce: NDArray[np.bool_]
@@ -65,8 +72,8 @@ class View:
     now_ns: int
 
     def hot_order(self, counts: NDArray[np.int64] | None = None) -> NDArray[np.intp]:
-        """Blocks, most popular first, ties in spread order."""
-        ranked = self.counts if counts is None else counts
+        """Blocks, the one worth most first, ties in spread order."""
+        ranked = self.worth if counts is None else counts
         return self.spread[np.argsort(-ranked[self.spread], kind="stable")]
 
     def copies(self, *tiers: Tier, landed_only: bool = False) -> NDArray[np.int64]:
@@ -85,8 +92,10 @@ class View:
 class _Room:
     """Free bytes by store while a plan is made, with each store's own refusals."""
 
-    def __init__(self, view: View, books: Sequence[StoreBook]) -> None:
+    def __init__(self, view: View, books: Sequence[StoreBook], *, cooled: bool = False) -> None:
+        """`cooled`: a block that has just left a store does not come back."""
         self._view = view
+        self._since_ns = view.now_ns - view.config.cool_down_ns if cooled else view.now_ns
         self._free = {book.info.name: book.free_bytes(view.sizes) for book in books}
         self._books = list(books)
 
@@ -103,7 +112,8 @@ class _Room:
             if room < nbytes or (best and room <= self._free[best.info.name]):
                 continue
             wait = book.retry_ns.get((flat, Format.BF16), 0) > self._view.now_ns
-            if not (wait or book.full[flat] or book.coming[flat]):
+            hot = book.left_ns[flat] > self._since_ns
+            if not (wait or hot or book.full[flat] or book.coming[flat]):
                 best = book
         if best:
             self._free[best.info.name] -= nbytes
@@ -156,7 +166,7 @@ def fill_worker(view: View, book: StoreBook) -> list[Put]:
     """
     left = book.free_bytes(view.sizes)
     elsewhere = view.copies(Tier.HBM, Tier.COMPRESSED)
-    order = view.hot_order((view.counts + _MILLI) // (1 + elsewhere))
+    order = view.hot_order((view.worth + _MILLI) // (1 + elsewhere))
     order = order[~(book.full | book.coming)[order]]
     full, reduced = view.sizes.full, view.sizes.reduced
     share = view.config.hbm_reduced_ratio if view.may_reduce.any() else 0.0
@@ -191,26 +201,28 @@ def rebalance(view: View) -> list[Put | Take]:
     that have stayed `min_dwell_ns` and are less popular by `min_gain_ratio`; a victim that no
     other pool holds is first copied to CXL (SPILL) when there is room, and leaves on a later
     tick. Last, copies in a full CXL pool that host memory also holds make way for blocks that no
-    pool holds.
+    pool holds. A move that does not pay is not made, a block that has just left does not come
+    back, and where a step touches nearly all blocks popularity displaces nothing.
     """
     if not view.counts.any():
         return []
-    hosts = view.stays(Tier.HOST)
+    hosts = [book for book in view.stays(Tier.HOST) if book.info.name not in view.pressed]
     moves: list[Put | Take] = []
     left = view.config.bytes_per_tick
     if hosts:
         left = _stage(view, hosts, moves, left=left)
-        left = _swap(view, hosts, moves, left=left)
+        if not view.dense:
+            left = _swap(view, hosts, moves, left=left)
     _dedupe(view, moves, left=left)
     return moves
 
 
 def _stage(view: View, hosts: list[StoreBook], moves: list[Put | Take], *, left: int) -> int:
-    room = _Room(view, hosts)
+    room = _Room(view, hosts, cooled=True)
     copies = view.copies(Tier.HOST)
     bar = max(1, int(view.counts.mean() * view.config.replicate_ratio))
     again = (view.counts >= bar) & (copies < view.config.max_host_copies)
-    wanted = (view.counts > 0) & ((copies == 0) | again)
+    wanted = (view.counts > 0) & view.pays & ((copies == 0) | again)
     order = view.hot_order()
     for flat in order[wanted[order]]:
         nbytes = int(view.sizes.full[flat])
@@ -229,7 +241,10 @@ def _swap(view: View, hosts: list[StoreBook], moves: list[Put | Take], *, left: 
     copies = view.copies(Tier.HOST)
     asked = {move.flat for move in moves}
     order = view.hot_order()
-    hot = (int(flat) for flat in order[copies[order] == 0] if int(flat) not in asked)
+    since_ns = view.now_ns - view.config.cool_down_ns
+    cold = np.logical_and.reduce([book.left_ns <= since_ns for book in hosts])
+    wanted = (copies == 0) & view.pays & cold
+    hot = (int(flat) for flat in order[wanted[order]] if int(flat) not in asked)
     cxl_holds = view.copies(Tier.CXL)
     landed_cxl = view.copies(Tier.CXL, landed_only=True)
     spill = _Room(view, view.stays(Tier.CXL))
@@ -238,7 +253,7 @@ def _swap(view: View, hosts: list[StoreBook], moves: list[Put | Take], *, left: 
     for worth, book, victim in victims:
         if flat is None or left < view.sizes.full[flat]:
             break
-        if int(view.counts[flat]) * _MILLI <= worth * gain:
+        if int(view.worth[flat]) * _MILLI <= worth * gain:
             break
         alone = copies[victim] < 2 and not landed_cxl[victim]
         target = spill.take(victim) if alone and not cxl_holds[victim] else None
@@ -265,13 +280,13 @@ def _cold_copies(
     """Host copies that may leave, coldest first: (worth, store, block)."""
     found: list[tuple[NDArray[np.int64], NDArray[np.intp], int]] = []
     for index, book in enumerate(hosts):
-        if book.queue:
+        if book.queue or book.later:
             continue  # it is still busy with the last plan
         ripe = book.full & (book.landed_ns + view.config.min_dwell_ns <= view.now_ns)
         for flat, _ in book.dropping:
             ripe[flat] = False
         where = np.flatnonzero(ripe)
-        found.append((view.counts[where] // np.maximum(copies[where], 1), where, index))
+        found.append((view.worth[where] // np.maximum(copies[where], 1), where, index))
     if not found:
         return []
     worth = np.concatenate([part for part, _, _ in found])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hotset.policies.device import DeviceTable, Resident
-    from hotset.policies.states import StoryLine
+    from hotset.policies.story import StoryLine
     from hotset.policies.types import Format, Reason, State
 
 

@@ -149,7 +149,7 @@ class LinkSchedule:
         due_ns: int = 0,
         victim_due_ns: int | None = None,
     ) -> Refused | None:
-        """Say why a transfer is not admitted; None: it is.
+        """Say why a transfer is not admitted; None: it is. Call `advance` up to `now_ns` first.
 
         `due_ns` 0: it has no deadline. `victim_due_ns` is the next use of what it would displace.
         """
@@ -169,7 +169,7 @@ class LinkSchedule:
             if job.service == service and job.due_ns < _NEVER
         )
         share = self._share(service)
-        work_ns = first + need_ns + self.chunk_ns
+        work_ns = first + need_ns
         for rival_due_ns, left_ns in rivals:
             if rival_due_ns <= due_ns:
                 work_ns += left_ns

@@ -1,4 +1,4 @@
-"""The seven states of a block at a device, as a table (state, event) -> state, and its story.
+"""The seven states of a block at a device, as a table (state, event) -> state.
 
 Decides which change of state is legal. Must not know who asks for it, clocks or memory.
 Invariant: the arrows are exactly those of ARROWS; anything else raises `InvalidTransition` with
@@ -7,15 +7,16 @@ the block's story, because it is a bug of the caller and not a condition to work
 
 from __future__ import annotations
 
-from collections import deque
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hotset.errors import InvalidTransition
-from hotset.policies.types import Format, Reason, State
+from hotset.policies.types import Format, State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from hotset.policies.story import BlockStory
 
 
 class StateEvent(StrEnum):
@@ -104,51 +105,6 @@ def landed_event(form: Format) -> StateEvent:
 def state_of(form: Format) -> State:
     """Return the state of a block whose copy in HBM has this format."""
     return _STATE_OF.get(form, _S.REDUCED)
-
-
-class StoryLine(NamedTuple):
-    """One change of a block: when, into which state, by what and why."""
-
-    at: int  # step on a device, now_ns in the brain
-    state: State
-    event: str
-    reason: Reason | None
-    store: str = ""  # empty on a device, which knows only itself
-
-    def __str__(self) -> str:
-        """One line for `hotset why`."""
-        why = f" ({self.reason.value})" if self.reason is not None else ""
-        return f"{self.at} {self.state.value} {self.event}{why}"
-
-
-class BlockStory:
-    """The last `limit` changes of a block, for `hotset why` and for errors."""
-
-    __slots__ = ("_lines",)
-
-    def __init__(self, *, limit: int = 32) -> None:
-        """Keep at most `limit` lines; older ones fall out."""
-        self._lines: deque[StoryLine] = deque(maxlen=limit)
-
-    def add(
-        self,
-        at: int,
-        *,
-        state: State,
-        event: str,
-        reason: Reason | None = None,
-        store: str = "",
-    ) -> None:
-        """Append a line."""
-        self._lines.append(StoryLine(at, state, event, reason, store))
-
-    def lines(self) -> tuple[StoryLine, ...]:
-        """Oldest first."""
-        return tuple(self._lines)
-
-    def __str__(self) -> str:
-        """All lines, oldest first, in one line of text."""
-        return "; ".join(str(line) for line in self._lines) or "no story yet"
 
 
 def advance(

@@ -9,6 +9,8 @@ from hotset.policies.brain import ClusterBrain
 from hotset.policies.types import (
     BlockId,
     BlockInfo,
+    CancelTransfer,
+    ChangeFormat,
     Command,
     Copy,
     CopyDropped,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hotset.policies.config import PolicyConfig
+
+Order = StartTransfer | CancelTransfer | DropCopy | ChangeFormat
 
 SLOT = 64 + 1024
 FULL = 1024
@@ -51,7 +55,7 @@ class ClusterModel:
     now_ns: int = 0
     generation: int = 0
     incarnations: dict[str, int] = field(default_factory=dict)
-    todo: list[StartTransfer | DropCopy] = field(default_factory=list)
+    todo: list[Order] = field(default_factory=list)
     log: list[Event] = field(default_factory=list)
     answers: list[list[Command]] = field(default_factory=list)
 
@@ -67,7 +71,7 @@ class ClusterModel:
         self.brain.validate()
         self.log.append(event)
         self.answers.append(commands)
-        self.todo += [c for c in commands if isinstance(c, StartTransfer | DropCopy)]
+        self.todo += [c for c in commands if isinstance(c, Order)]
         return commands
 
     def join(
@@ -86,37 +90,64 @@ class ClusterModel:
             StoreLost(now_ns=self.now_ns, store=name, incarnation=self.incarnations[name])
         )
 
-    def carry_out(self, command: StartTransfer | DropCopy, *, works: bool = True) -> list[Command]:
+    def carry_out(self, command: Order, *, works: bool = True) -> list[Command]:
         """Report the end of one command."""
-        incarnation = self.incarnations[command.store]
-        if isinstance(command, DropCopy):
-            return self.send(
-                CopyDropped(
-                    now_ns=self.now_ns,
-                    store=command.store,
-                    block=command.block,
-                    format=command.format,
-                    reason=command.reason,
-                    incarnation=incarnation,
-                )
+        match command:
+            case DropCopy():
+                return self._dropped(command, command.format)
+            case CancelTransfer():
+                return self._give_up(command)
+            case ChangeFormat() if works:
+                dropped = self._dropped(command, command.format)
+                return dropped + self._landed(command, command.into, source=command.store)
+            case ChangeFormat():
+                return self._failed(command, command.into, reason=Reason.STALE)
+            case StartTransfer() if works:
+                return self._landed(command, command.format, source=command.sources[0])
+        return self._failed(command, command.format, reason=Reason.TIMEOUT)
+
+    def _give_up(self, command: CancelTransfer) -> list[Command]:
+        """A transfer that has not begun ends; one that has, ends by itself."""
+        for one in self.todo:
+            same = (one.store, one.block, one.format)
+            if isinstance(one, StartTransfer) and same == (
+                command.store, command.block, command.format,
+            ):  # fmt: skip
+                self.todo.remove(one)
+                return self._failed(command, command.format, reason=Reason.CANCELLED)
+        return []
+
+    def _dropped(self, command: Order, form: Format) -> list[Command]:
+        return self.send(
+            CopyDropped(
+                now_ns=self.now_ns,
+                store=command.store,
+                block=command.block,
+                format=form,
+                reason=command.reason,
+                incarnation=self.incarnations[command.store],
             )
-        if not works:
-            return self.send(
-                TransferFailed(
-                    now_ns=self.now_ns,
-                    store=command.store,
-                    block=command.block,
-                    format=command.format,
-                    reason=Reason.TIMEOUT,
-                    incarnation=incarnation,
-                )
+        )
+
+    def _failed(self, command: Order, form: Format, *, reason: Reason) -> list[Command]:
+        return self.send(
+            TransferFailed(
+                now_ns=self.now_ns,
+                store=command.store,
+                block=command.block,
+                format=form,
+                reason=reason,
+                incarnation=self.incarnations[command.store],
             )
+        )
+
+    def _landed(self, command: Order, form: Format, *, source: str) -> list[Command]:
         return self.send(
             CopyLanded(
                 now_ns=self.now_ns,
-                copy=self.copy(command.block, store=command.store, form=command.format),
+                copy=self.copy(command.block, store=command.store, form=form),
                 reason=command.reason,
-                source=command.sources[0],
+                source=source,
             )
         )
 

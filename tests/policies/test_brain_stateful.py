@@ -7,19 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cluster_model import ClusterModel, blocks_of
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hotset.policies.brain import ClusterBrain
 from hotset.policies.config import PolicyConfig
 from hotset.policies.types import (
     BlockId,
+    Concurrency,
     CopyDropped,
     CopyLanded,
     Event,
     Format,
+    LayerTimes,
+    LinkUse,
+    Pressure,
     Reason,
     RouterCounts,
     StoreDraining,
@@ -40,6 +51,9 @@ CONFIG = PolicyConfig(
     popularity_half_life_tokens=16,
     tick_ns=5,
     min_dwell_ns=20,
+    cool_down_ns=20,
+    background_bytes_in_flight=2500,
+    telemetry_ttl_ns=200,
     retry_ns=15,
     transfer_timeout_ns=100,
     bytes_per_tick=4000,
@@ -156,6 +170,42 @@ class BrainWalk(RuleBasedStateMachine):
         at = data.draw(st.sampled_from(range(len(self.model.todo))))
         self.model.carry_out(self.model.todo.pop(at), works=works)
 
+    @rule(
+        name=NAMES, times=st.lists(st.integers(1, 1000), max_size=LAYERS), steps=st.integers(0, 3)
+    )
+    def layer_times(self, name: str, times: list[int], steps: int) -> None:
+        self.send(
+            LayerTimes(
+                now_ns=self.model.now_ns, store=name, steps=steps, times=tuple(enumerate(times))
+            )
+        )
+
+    @rule(
+        name=NAMES,
+        used_bytes=st.integers(0, 12_000),
+        source=NAMES,
+        busy=st.integers(0, 2_000_000),
+        demand=st.integers(0, 2_000_000),
+    )
+    def pressure(self, name: str, used_bytes: int, source: str, busy: int, demand: int) -> None:
+        use = LinkUse(source=source, span_ns=2_000_000, busy_ns=busy, demand_ns=demand, nbytes=busy)
+        self.send(
+            Pressure(now_ns=self.model.now_ns, store=name, used_bytes=used_bytes, links=(use,))
+        )
+
+    @rule(name=NAMES, steps=st.integers(0, 4), tokens=st.integers(0, 200))
+    def concurrency(self, name: str, steps: int, tokens: int) -> None:
+        self.send(
+            Concurrency(
+                now_ns=self.model.now_ns, store=name, requests=1, steps=steps, tokens=tokens
+            )
+        )
+
+    @rule(name=NAMES, left_ns=st.integers(1, 10_000))
+    def drain_by(self, name: str, left_ns: int) -> None:
+        now_ns = self.model.now_ns
+        self.send(StoreDraining(now_ns=now_ns, store=name, deadline_ns=now_ns + left_ns))
+
     @rule(later_ns=st.integers(0, 60))
     def tick(self, later_ns: int) -> None:
         self.model.now_ns += later_ns
@@ -180,8 +230,26 @@ class BrainWalk(RuleBasedStateMachine):
         assert replay.directory() == model.brain.directory()
 
 
-BrainWalk.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+BrainWalk.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestBrainWalk = BrainWalk.TestCase
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_events() -> None:
+    """The same walk for 100,000 steps; each step is at least one event."""
+    run_state_machine_as_test(
+        BrainWalk,
+        settings=settings(
+            max_examples=1000,
+            stateful_step_count=100,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
 
 
 _JOURNAL = """

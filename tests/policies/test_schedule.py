@@ -88,22 +88,32 @@ def test_earliest_deadline_first_within_a_service() -> None:
     assert order == [2, 3, 1, 4]
 
 
-@given(st.lists(st.tuples(SIZES, TIMES), min_size=1, max_size=6))
-def test_admitted_transfers_land_in_time(asked: list[tuple[int, int]]) -> None:
+@given(st.lists(st.tuples(TIMES, SIZES, TIMES, st.booleans()), min_size=1, max_size=8))
+def test_admitted_transfers_land_in_time(asked: list[tuple[int, int, int, bool]]) -> None:
+    """Whenever they come, and whatever background work there is."""
     link = LinkSchedule(SPEC, config=WHOLE)
     due: dict[int, int] = {}
-    for key, (nbytes, due_ns) in enumerate(asked):
-        if link.can(Service.STAGING, nbytes=nbytes, now_ns=0, due_ns=due_ns + 1) is None:
-            link.add(key, Service.STAGING, nbytes=nbytes, now_ns=0, due_ns=due_ns + 1)
-            due[key] = due_ns + 1
-    while (landing := link.advance(1 << 40)) is not None:
-        assert landing.at_ns <= due.pop(landing.key)
+
+    def up_to(until_ns: int) -> None:
+        while (landing := link.advance(until_ns)) is not None:
+            assert landing.at_ns <= due.pop(landing.key, 1 << 40)
+
+    for key, (at_ns, nbytes, due_ns, background) in enumerate(sorted(asked)):
+        up_to(at_ns)
+        if background:
+            link.add(key, Service.BACKGROUND, nbytes=nbytes, now_ns=at_ns)
+            continue
+        due_ns = at_ns + due_ns + 1  # noqa: PLW2901 - from now on an absolute time
+        if link.can(Service.STAGING, nbytes=nbytes, now_ns=at_ns, due_ns=due_ns) is None:
+            link.add(key, Service.STAGING, nbytes=nbytes, now_ns=at_ns, due_ns=due_ns)
+            due[key] = due_ns
+    up_to(1 << 40)
     assert not due
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 120)), min_size=1, max_size=5))
 def test_what_is_refused_could_not_have_been_in_time(asked: list[tuple[int, int]]) -> None:
-    """With the whole link to book and single bytes as chunks only that byte is given away."""
+    """With the whole link to book, the test is exact: no order would have served."""
     exact = ScheduleConfig(chunk_bytes=1, margin=0, imminent_share=0, staging_share=0)
     link = LinkSchedule(SPEC, config=exact)
     taken: list[tuple[int, int]] = []
@@ -114,7 +124,7 @@ def test_what_is_refused_could_not_have_been_in_time(asked: list[tuple[int, int]
             taken.append((nbytes, due_ns))
             continue
         assert refused.reason is Reason.VETO_LATE
-        assert not any(_in_time(order) for order in permutations([*taken, (nbytes + 1, due_ns)]))
+        assert not any(_in_time(order) for order in permutations([*taken, (nbytes, due_ns)]))
 
 
 def _in_time(order: tuple[tuple[int, int], ...]) -> bool:
@@ -129,20 +139,20 @@ def _in_time(order: tuple[tuple[int, int], ...]) -> bool:
 def test_staging_may_not_book_what_is_kept_for_imminent_work() -> None:
     config = ScheduleConfig(chunk_bytes=10, margin=0, imminent_share=250, staging_share=250)
     link = LinkSchedule(SPEC, config=config)
-    assert link.can(Service.STAGING, nbytes=740, now_ns=0, due_ns=1000) is None
-    refused = link.can(Service.STAGING, nbytes=741, now_ns=0, due_ns=1000)
+    assert link.can(Service.STAGING, nbytes=750, now_ns=0, due_ns=1000) is None
+    refused = link.can(Service.STAGING, nbytes=751, now_ns=0, due_ns=1000)
     assert refused is not None
     assert "750 ns may be booked" in refused.bound
-    assert link.can(Service.BACKGROUND, nbytes=490, now_ns=0, due_ns=1000) is None
-    assert link.can(Service.BACKGROUND, nbytes=491, now_ns=0, due_ns=1000) is not None
+    assert link.can(Service.BACKGROUND, nbytes=500, now_ns=0, due_ns=1000) is None
+    assert link.can(Service.BACKGROUND, nbytes=501, now_ns=0, due_ns=1000) is not None
     assert link.can(Service.IMMINENT, nbytes=10**9, now_ns=0, due_ns=1) is None
 
 
 def test_a_newcomer_may_not_make_another_one_late() -> None:
     link = LinkSchedule(SPEC, config=CONFIG)
     link.add(1, Service.STAGING, nbytes=80, now_ns=0, due_ns=100)
-    assert link.can(Service.STAGING, nbytes=20, now_ns=0, due_ns=40) is not None
-    assert link.can(Service.STAGING, nbytes=10, now_ns=0, due_ns=40) is None
+    assert link.can(Service.STAGING, nbytes=21, now_ns=0, due_ns=40) is not None
+    assert link.can(Service.STAGING, nbytes=20, now_ns=0, due_ns=40) is None
 
 
 def test_nothing_displaces_what_is_needed_sooner() -> None:

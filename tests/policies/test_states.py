@@ -9,12 +9,12 @@ import pytest
 from hotset.errors import InvalidTransition
 from hotset.policies.states import (
     ARROWS,
-    BlockStory,
     StateEvent,
     advance,
     landed_event,
     state_of,
 )
+from hotset.policies.story import BlockStory
 from hotset.policies.types import BlockId, Format, Reason, State
 
 DESIGN = {
