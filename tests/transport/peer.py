@@ -173,7 +173,9 @@ def _obey(store: Store, order: str, argument: Any) -> Any:
         ticket = store.engine.read(
             info.name, items, deadline_ns=time.monotonic_ns() + 20_000_000_000
         )
-        return [(result.status.value, result.checksum) for result in ticket.wait().items]
+        results = ticket.wait().items
+        store.landed += [result.dest for result in results if result.status.value == "done"]
+        return [(result.status.value, result.checksum) for result in results]
     raise ValueError(order)
 
 
@@ -192,7 +194,7 @@ def _obey_pull(store: Store, order: str, argument: Any) -> Any:
         )
         store.pulls.append(ticket)
         return slot.offset
-    if order == "drop":  # what the pulls brought
+    if order == "drop":  # what reads and pulls brought
         for slot in store.landed:
             slab.unpin(slot)
             slab.retire(slot)

@@ -141,13 +141,17 @@ def test_two_readers_of_a_pool_share_its_link(kind: str) -> None:
     readers = [PeerProcess(name=f"r{i}", blocks=0, room=BLOCKS, **shape) for i in range(2)]
     for reader in readers:  # connected, and warm
         reader.call("read", (source.info, source.copies[:1]))
-    begin = time.monotonic_ns()
-    for reader in readers:
-        reader.send("read", (source.info, source.copies[1:]))
-    for reader in readers:
-        assert {status for status, _ in reader.answer()} == {"done"}
-    elapsed = time.monotonic_ns() - begin
+    found = []
+    for _ in range(3):
+        for reader in readers:
+            reader.call("drop", None)
+        begin = time.monotonic_ns()
+        for reader in readers:
+            reader.send("read", (source.info, source.copies[1:]))
+        for reader in readers:
+            assert {status for status, _ in reader.answer()} == {"done"}
+        found.append(time.monotonic_ns() - begin)
     least = 2 * (BLOCKS - 1) * NBYTES * 10**9 // rate
-    assert least * 0.95 <= elapsed <= least * 1.25
+    assert least * 0.95 <= min(found) <= least * 1.25, found
     for process in (*readers, source):
         process.close()
