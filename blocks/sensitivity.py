@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from hotset.blocks.experts import ExpertWeights, run_expert, view_weights
+from hotset.blocks.experts import ExpertWeights, layout_dtype, run_expert, view_weights
 from hotset.blocks.formats import codec
 from hotset.blocks.hf import load_skeleton
 from hotset.blocks.local import BlockReader
@@ -137,6 +137,11 @@ class KLMeter:
     def blocks(self) -> tuple[BlockId, ...]:
         """Every block, by layer and index."""
         return tuple(sorted(self.catalog.blocks))
+
+    @property
+    def full_bits(self) -> float:
+        """Bits of one weight at full precision."""
+        return 8.0 * layout_dtype(self.catalog.layout).itemsize
 
     def nbytes(self, form: str) -> int:
         """Bytes of a block in `form`."""

@@ -44,15 +44,14 @@ than the calibration text. Experts that only other kinds use would else be sacri
 class Damage:
     """What a text showed: sums over its tokens, kept apart by window for error bars.
 
-    `fisher` [W, L, E, F] in nats, `router` [W, L, E, F] squared router-weighted output error,
-    `counts` [W, L, E] tokens routed; axes are windows, MoE layers, experts, formats.
+    `nats` [W, L, E, F] and `counts` [W, L, E] tokens routed; axes are windows, MoE layers, experts,
+    formats.
     """
 
     layers: tuple[int, ...]
     formats: tuple[str, ...]
     tokens: int
-    fisher: Floats
-    router: Floats
+    nats: Floats
     counts: Floats
 
     def join(self, other: Damage) -> Damage:
@@ -61,8 +60,7 @@ class Damage:
             layers=self.layers,
             formats=self.formats,
             tokens=self.tokens + other.tokens,
-            fisher=np.concatenate([self.fisher, other.fisher]),
-            router=np.concatenate([self.router, other.router]),
+            nats=np.concatenate([self.nats, other.nats]),
             counts=np.concatenate([self.counts, other.counts]),
         )
 
@@ -108,7 +106,7 @@ def _batch(
         functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call] # torch has none
     layers = meter.catalog.layers
     shape = (batch.shape[0], len(layers), meter.catalog.num_experts, len(formats))
-    fisher, router = np.zeros(shape), np.zeros(shape)
+    nats = np.zeros(shape)
     counts = np.zeros(shape[:3])
     with torch.no_grad():
         for place, layer in enumerate(layers):
@@ -125,14 +123,9 @@ def _batch(
                 for code, form in enumerate(formats):
                     rounded = run_expert(module, rows, meter.runner.weights(block, form))
                     error = (rounded - exact) * share
-                    nats = (grads * error).sum(dim=1).square_().mul_(0.5).double().numpy()
-                    size = error.square().sum(dim=1).double().numpy()
-                    fisher[:, place, expert, code] = np.bincount(window, nats, shape[0])
-                    router[:, place, expert, code] = np.bincount(window, size, shape[0])
-    return Damage(
-        layers=layers, formats=formats, tokens=batch.numel(),
-        fisher=fisher, router=router, counts=counts,
-    )  # fmt: skip
+                    cost = (grads * error).sum(dim=1).square_().mul_(0.5).double().numpy()
+                    nats[:, place, expert, code] = np.bincount(window, cost, shape[0])
+    return Damage(layers=layers, formats=formats, tokens=batch.numel(), nats=nats, counts=counts)
 
 
 def smoothed(

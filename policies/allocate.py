@@ -178,17 +178,16 @@ def _usable(costs: Costs, allowed: Any, expert_cap: float) -> Flags:
         flags &= np.asarray(allowed, dtype=np.bool_)
     flags &= costs.nats <= expert_cap
     flags[..., 0] = True
-    return flags.reshape(-1, flags.shape[2])
+    return flags.reshape(-1, len(costs.formats))
 
 
 def _hulls(costs: Costs, usable: Flags) -> _Steps:
     """Steps along each block's lower convex hull of damage over bytes saved."""
     nats = costs.nats.reshape(usable.shape)
     saved = (costs.nbytes[0] - costs.nbytes).astype(np.float64)
-    order = np.argsort(saved, kind="stable")
     rows: list[tuple[int, int, int]] = []
     for block in range(usable.shape[0]):
-        rows += ((block, a, b) for a, b in _hull(nats[block], saved, order, usable[block]))
+        rows += ((block, a, b) for a, b in _hull(nats[block], saved, usable[block]))
     at, before, after = (np.array([row[part] for row in rows], dtype=np.int64) for part in range(3))
     return _Steps(
         at=at,
@@ -199,10 +198,12 @@ def _hulls(costs: Costs, usable: Flags) -> _Steps:
     )
 
 
-def _hull(nats: Floats, saved: Floats, order: Ints, usable: Flags) -> Iterator[tuple[int, int]]:
+def _hull(nats: Floats, saved: Floats, usable: Flags) -> Iterator[tuple[int, int]]:
     """Edges of one block's hull, from full precision to fewer bytes (monotone chain)."""
     chain = [0]
-    for code in (int(c) for c in order if usable[c] and saved[c] > 0):
+    for code in (int(c) for c in np.lexsort((nats, saved)) if usable[c]):
+        if saved[code] <= saved[chain[-1]]:
+            continue  # as small as the last one and no better
         while len(chain) > 1 and _slope(nats, saved, chain[-2], chain[-1]) >= _slope(
             nats, saved, chain[-1], code
         ):
@@ -212,9 +213,7 @@ def _hull(nats: Floats, saved: Floats, order: Ints, usable: Flags) -> Iterator[t
 
 
 def _slope(nats: Floats, saved: Floats, left: int, right: int) -> float:
-    gap = float(saved[right] - saved[left])
-    more = float(nats[right] - nats[left])
-    return more / gap if gap > 0 else np.copysign(np.inf, more)
+    return float(nats[right] - nats[left]) / float(saved[right] - saved[left])
 
 
 def _give_back(steps: _Steps, codes: Ints, taken: list[int], *, slack: float) -> None:

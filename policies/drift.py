@@ -83,6 +83,7 @@ class DriftMeter:
             raise ValueError(f"layers must name {costs.nats.shape[0]} rows, not {len(self._row)}")
         if self._expected.shape != costs.nats.shape[:2] or not (self._expected > 0).all():
             raise ValueError("frequency must be [L, E] and positive; smooth it as calibration does")
+        self._experts = costs.nats.shape[1]
         self._code = {name: code for code, name in enumerate(costs.formats)}
         self._lossy = np.array([not is_lossless(name) for name in costs.formats])
         self._nats = costs.nats.copy()
@@ -120,7 +121,7 @@ class DriftMeter:
         self._clock += tokens
         for block, count in counts.items():
             row = self._row.get(block.layer)
-            if row is not None and block.index < self._counts.shape[1]:
+            if row is not None and block.index < self._experts:
                 self._counts[row, block.index] += count
 
     def set(self, block: BlockId, form: Format | str) -> None:
@@ -141,6 +142,32 @@ class DriftMeter:
         wanted = self._codes.copy()
         wanted[row, expert] = self._known(form)
         return self._over(wanted, row=row, expert=expert)
+
+    def check_layer(self, layer: int, form: Format | str) -> str | None:
+        """Say why all experts of `layer` together may not be in `form`, nothing else demoted."""
+        if is_lossless(form):
+            return None
+        if layer not in self._row or str(form) not in self._code:
+            return f"layer {layer} in {form} was not measured; calibrate with that format"
+        row, code = self._row[layer], self._code[str(form)]
+        cost = self.gamma * float((self._nats[row, :, code] * self.ratio[row]).sum())
+        most = self.budget.nats * self.budget.layer_cap_ratio
+        if self.budget.nats > 0 and cost <= most:
+            return None
+        return f"layer {layer} in {form} would cost {cost:.2g} nats, the bound is {most:.2g}"
+
+    def floors(self) -> dict[int, Format]:
+        """The cheapest format of each layer that `check_layer` allows for the whole layer."""
+        order = np.argsort(self.costs.nbytes, kind="stable")
+        names = [Format(self.costs.formats[code]) for code in order]
+        return {
+            layer: next((n for n in names if self.check_layer(layer, n) is None), Format.BF16)
+            for layer in self.layers
+        }
+
+    def blocks(self) -> tuple[BlockId, ...]:
+        """Every block of the table."""
+        return tuple(BlockId(layer, e) for layer in self.layers for e in range(self._experts))
 
     def repairs(self) -> tuple[BlockId, ...]:
         """Blocks to put back to full precision, worst first, until D is within the margin.
@@ -215,7 +242,7 @@ class DriftMeter:
 
     def _place(self, block: BlockId) -> tuple[int, int]:
         row = self._row.get(block.layer)
-        if row is None or block.index >= self._codes.shape[1]:
+        if row is None or block.index >= self._experts:
             raise ValueError(f"block {block} is not in the table; calibrate this checkpoint")
         return row, block.index
 

@@ -2,8 +2,10 @@
 
 Decides only refusals. Must not know why something was wanted. Each check returns None (allowed)
 or a `Refusal` that names the bound, so that a veto can always be explained.
-Invariants: no format below its layer's floor, no drop of the last verified copy, no store over
-its budget in any intermediate state.
+The precision of a block is bounded twice: by floors, which a person sets for a layer or a block,
+and by measured drift (`DriftMeter`), which calibration and live checks keep. Either may refuse.
+Invariants: no format below its floor, none that measured drift refuses, no drop of the last
+verified copy, no store over its budget in any intermediate state.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from hotset.policies.types import BlockId, Copy, Format, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from hotset.policies.drift import DriftMeter
 
 QUALITY: Mapping[Format, int] = {
     Format.BF16: 100,
@@ -46,10 +50,17 @@ class Guardrail:
         *,
         floor: Mapping[int, Format] | None = None,
         default_floor: Format = Format.BF16,
+        block_floor: Mapping[BlockId, Format] | None = None,
+        drift: DriftMeter | None = None,
         storage_is_verified: bool = True,
     ) -> None:
-        """`floor[layer]` is the cheapest format allowed there, `default_floor` elsewhere."""
+        """`floor[layer]` is the cheapest format allowed there, `default_floor` elsewhere.
+
+        `block_floor` wins over both for its blocks. `drift` has to allow a format as well.
+        """
         self._floor = dict(floor or {})
+        self._block_floor = dict(block_floor or {})
+        self._drift = drift
         self._default = default_floor
         self._storage_is_verified = storage_is_verified
 
@@ -72,20 +83,34 @@ class Guardrail:
             floor[layer] = cheap
         return cls(floor=floor)
 
+    @classmethod
+    def from_drift(cls, drift: DriftMeter, *, storage_is_verified: bool = True) -> Guardrail:
+        """Bound every block by measured drift alone, and show each layer's floor as it follows.
+
+        `floor(layer)` is the cheapest format in which the whole layer would stay inside its share;
+        single experts may go below it as far as the drift allows.
+        """
+        made = cls(floor=drift.floors(), drift=drift, storage_is_verified=storage_is_verified)
+        cheapest = min(QUALITY, key=lambda form: QUALITY[form])
+        made._block_floor = dict.fromkeys(drift.blocks(), cheapest)
+        return made
+
     def floor(self, layer: int) -> Format:
         """Return the cheapest format that `layer` may use."""
         return self._floor.get(layer, self._default)
 
     def check_demotion(self, block: BlockId, form: Format) -> Refusal | None:
         """Say whether `block` may be computed with in `form`."""
-        floor = self.floor(block.layer)
-        if QUALITY[form] >= QUALITY[floor]:
-            return None
-        return Refusal(
-            reason=Reason.VETO_PRECISION,
-            bound=f"layer {block.layer} has the precision floor {floor.value}, "
-            f"{form.value} is below it",
-        )
+        own = self._block_floor.get(block)
+        floor = self.floor(block.layer) if own is None else own
+        if QUALITY[form] < QUALITY[floor]:
+            whose = f"layer {block.layer}" if own is None else f"block {block}"
+            return Refusal(
+                reason=Reason.VETO_PRECISION,
+                bound=f"{whose} has the precision floor {floor.value}, {form.value} is below it",
+            )
+        bound = None if self._drift is None else self._drift.check(block, form)
+        return None if bound is None else Refusal(reason=Reason.VETO_PRECISION, bound=bound)
 
     def check_drop(
         self, block: BlockId, copies: Iterable[Copy], *, going: Copy | None = None

@@ -113,8 +113,9 @@ def test_a_larger_budget_never_needs_more_bytes_on_many_blocks() -> None:
     assert sizes[0] > sizes[-1]
 
 
-def test_exact_mode_demotes_nothing_that_costs() -> None:
-    costs = growing(layers=3, experts=4)
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_exact_mode_demotes_nothing_whatever_the_table_says(scale: float) -> None:
+    costs = table(growing(layers=3, experts=4).nats[..., 1:] * scale)
     assert not allocate(costs, nats_at_most=0.0).codes.any()
 
 
@@ -124,6 +125,12 @@ def test_lossless_smaller_format_is_free() -> None:
     found = allocate(costs, nats_at_most=0.0)
     assert found.codes.tolist() == [[1, 1]]
     assert found.nbytes == 140
+
+
+def test_of_two_formats_of_one_size_the_better_is_taken() -> None:
+    nats = np.array([[[0.0, 2e-4, 1e-4], [0.0, 1e-4, 2e-4]]])
+    costs = Costs(formats=("bf16", "int4", "nf4"), nbytes=np.array([400, 100, 100]), nats=nats)
+    assert allocate(costs, bytes_at_most=200).codes.tolist() == [[2, 1]]
 
 
 def test_caps_follow_the_budget() -> None:
