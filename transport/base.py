@@ -318,8 +318,12 @@ class Backend(ABC):
     """How long after an ERROR the slots of a post are kept from reuse."""
 
     def copies_in_call(self, peer: str) -> bool:  # noqa: ARG002 - most backends copy on their own
-        """Whether posts to `peer` are DONE when they return. Such a backend has two lanes."""
+        """Whether posts to `peer` are DONE when they return."""
         return False
+
+    def has_second_lane(self, peer: str) -> bool:
+        """Whether a second thread may post to `peer` now. Asked where posts copy in the call."""
+        return self.copies_in_call(peer)
 
     def part_bytes(self, peer: str) -> int:  # noqa: ARG002 - the same for all in most backends
         """How much to ask for at once where posts copy in the call, to hash it from cache.

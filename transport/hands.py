@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Final
 from hotset.errors import TransportError
 from hotset.transport.base import Priority
 from hotset.transport.cores import Aside
+from hotset.transport.fused import Fused
 from hotset.transport.inbox import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hotset.transport.fused import Fused, Landing
+    from hotset.transport.base import Backend
+    from hotset.transport.fused import Landing
     from hotset.transport.job import Post
+    from hotset.transport.slab import Slab
 
 MOST: Final = 2  # one in work and one that waits for its end
 WAIT_NS: Final = 1_000_000
@@ -45,9 +48,10 @@ class Haul:
 class Hands:
     """The owner's end. `give` and `take_back` are called in the owner's turns."""
 
-    def __init__(self, fused: Fused, put: Callable[[Haul], None]) -> None:
+    def __init__(self, backend: Backend, slab: Slab, put: Callable[[Haul], None]) -> None:
         """`put` brings a haul to the second thread, which calls `carry_out`."""
-        self._fused = fused
+        self._backend = backend
+        self._fused = Fused(backend, slab, lane=1)
         self._put = put
         self._back: Inbox[Haul] = Inbox()
         self.given = 0
@@ -64,6 +68,7 @@ class Hands:
             and post.priority is Priority.IMMINENT
             and (pieces is None or not pieces.bare)
             and post.more >= post.nbytes * (1 + 2 * self.given)
+            and self._backend.has_second_lane(post.link.name)
         )
 
     def give(self, post: Post) -> None:

@@ -43,7 +43,7 @@ class InCall:
     ) -> None:
         """`give` brings a haul to the second thread; `again` posts what it could not read."""
         self._fused = Fused(backend, slab)
-        self._hands = Hands(Fused(backend, slab, lane=1), give)
+        self._hands = Hands(backend, slab, give)
         self._flights = flights
         self._arrivals = arrivals
         self._again = again

@@ -1,7 +1,7 @@
 """Moves spans between processes with NIXL over UCX: shared memory, TCP, RDMA or CUDA links.
 
 One agent makes the slab readable to peers (`nixl_agent.py`), one or two others read them
-(`nixl_lane.py`); the second is made when a second thread first reads. It must not know what reads
+(`nixl_lane.py`); the second is made when it is first of use. It must not know what reads
 are for.
 
 Invariants: an older incarnation never replaces a newer one; handles are unique over all lanes.
@@ -9,9 +9,11 @@ Invariants: an older incarnation never replaces a newer one; handles are unique 
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
-from hotset.errors import DependencyError, PeerGoneError
+from hotset.errors import DependencyError, PeerGoneError, TransportError
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
     from hotset.transport.slab import Slab
 
+_log = logging.getLogger(__name__)
+
 
 class NixlBackend(Backend):
     """NIXL agents with the UCX backend, for one slab."""
@@ -46,6 +50,7 @@ class NixlBackend(Backend):
         self._peers: dict[str, PeerInfo] = {}
         self._lanes: list[Lane] = []
         self._reads: dict[int, Read] = {}
+        self._making = False  # the second lane: made once, or in vain
 
     @staticmethod
     def available() -> str:
@@ -92,6 +97,24 @@ class NixlBackend(Backend):
         """Whether the last long read from a peer was done when its post returned."""
         return bool(self._lanes) and self._lanes[0].copies_in_call(peer)
 
+    def has_second_lane(self, peer: str) -> bool:
+        """Whether there is one; the first to ask has it made meanwhile, which takes 20 to 50 ms."""
+        if len(self._lanes) > 1:
+            return self.copies_in_call(peer)
+        if not self._making:
+            self._making = True
+            threading.Thread(target=self._make_second_lane, daemon=True, name="nixl-lane").start()
+        return False
+
+    def _make_second_lane(self) -> None:
+        assert self._slab is not None  # noqa: S101 - peers are connected after it is registered
+        try:
+            lane = Lane(self._nixl, self._slab, number=1)
+        except TransportError as error:
+            _log.warning("large reads keep to one thread: %s", error)
+            return
+        self._lanes.append(lane)
+
     def part_bytes(self, peer: str) -> int:  # noqa: ARG002 - a call costs 20 us
         """Never cut."""
         return 0
@@ -102,8 +125,6 @@ class NixlBackend(Backend):
         if info is None or slab is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
         if lane:
-            if lane == len(self._lanes):
-                self._lanes.append(Lane(self._nixl, slab, number=lane))
             self._lanes[lane].connect(info, rejoin=False)
         read = self._lanes[lane].post(peer, spans)
         self._reads[read.request] = read

@@ -150,6 +150,10 @@ class NodeBackend(Backend):
         way = self._ways.get(peer)
         return way is not None and way.copies_in_call(peer)
 
+    def has_second_lane(self, peer: str) -> bool:
+        """Ask the way that the peer is read."""
+        return self._ways[peer].has_second_lane(peer)
+
     def part_bytes(self, peer: str) -> int:
         """Ask the way that the peer is read."""
         return self._ways[peer].part_bytes(peer)

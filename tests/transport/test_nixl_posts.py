@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hotset.errors import PeerGoneError, TransportError
-from hotset.transport.base import PostState, Span
+from hotset.transport.base import PostState, Span, Status
 from hotset.transport.nixl import NixlBackend
 from hotset.transport.nixl_lane import merge
 from hotset.transport.slab import Slab
-from tests.transport.peer import PeerProcess
-from tests.transport.worlds import until
+from tests.transport.peer import PeerProcess, build
+from tests.transport.worlds import deadline, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -166,3 +166,35 @@ def test_a_post_adds_microseconds_to_nixls_own_calls(
     ]
     added = [_median_us(_ours, pair, spans) - _median_us(_bare, pair, spans) for _ in range(5)]
     assert min(added) < limit_us  # the best of five: others share this machine
+
+
+def test_long_reads_of_this_host_are_shared_by_two_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
+    nbytes, blocks = 2 << 20, 12
+    peer = PeerProcess(name="source", incarnation=1, blocks=blocks, nbytes=nbytes, room=0)
+    backend = NixlBackend()
+    store = build(name="sink", incarnation=1, backend=backend, blocks=0, nbytes=nbytes, room=blocks)
+    store.engine.connect(peer.info)
+
+    def read() -> None:
+        slots = [store.slab.allocate(nbytes) for _ in range(blocks)]
+        items = [copy.item(slot) for copy, slot in zip(peer.copies, slots, strict=True) if slot]
+        outcome = store.engine.read_now("source", items, deadline_ns=deadline())
+        assert outcome.status is Status.DONE, outcome.items
+        for result, copy in zip(outcome.items, peer.copies, strict=True):
+            assert result.checksum == copy.checksum
+            store.slab.unpin(result.dest)
+            store.slab.retire(result.dest)
+
+    read()
+    assert until(lambda: len(backend._lanes) == 2)  # made beside the reads, once they copy in calls
+    read()
+    assert "source" in backend._lanes[1]._peers  # the second thread has read it
+    peer.kill()
+    slots = [store.slab.allocate(nbytes) for _ in range(blocks)]
+    items = [copy.item(slot) for copy, slot in zip(peer.copies, slots, strict=True) if slot]
+    outcome = store.engine.read_now("source", items, deadline_ns=deadline())
+    assert {result.status for result in outcome.items} == {Status.FAILED}
+    assert until(lambda: store.engine.quarantined == 0)
+    store.slab.check_integrity()
+    assert store.engine.close()
