@@ -12,20 +12,25 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hotset.blocks.experts import ExpertWeights, layout_dtype, view_weights
+from hotset.blocks.formats_decode import all_finite
 from hotset.blocks.formats_header import (
     HEADER_NBYTES,
     BlockHeader,
     body_checksum,
     layout_fingerprint,
 )
+from hotset.blocks.formats_jit import COMPILED
 from hotset.errors import CheckpointError
 from hotset.policies.types import FORMAT_CODES, Format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from hotset.blocks.checkpoint import BlockLayout, Field
 
@@ -263,6 +268,10 @@ class SectionCodec(BodyCodec):
 def check_finite(payload: torch.Tensor, layout: BlockLayout) -> None:
     """Refuse a full-precision payload with NaN or infinity. Raises CheckpointError."""
     values = payload[: layout.nbytes].view(layout_dtype(layout))
+    if has_kernel(layout, payload):
+        if not all_finite(as_bits(values)):
+            raise not_finite()
+        return
     total = values.sum(dtype=torch.float32)  # one pass without a copy; NaN and infinity stay
     if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
         raise not_finite()
@@ -289,6 +298,16 @@ def scale_limit(layout: BlockLayout, top: float) -> float:
     while float(limit) * top > most:
         limit = torch.nextafter(limit, torch.zeros((), dtype=kind))
     return float(limit)
+
+
+def has_kernel(layout: BlockLayout, payload: torch.Tensor) -> bool:
+    """Tell whether the compiled kernels serve: bfloat16 in host memory."""
+    return COMPILED and layout.dtype == "bfloat16" and payload.device.type == "cpu"
+
+
+def as_bits(values: torch.Tensor) -> NDArray[np.uint16]:
+    """View 16-bit values or bytes in host memory as u16."""
+    return values.view(torch.int16).numpy().view(np.uint16)
 
 
 def is_matrix(field: Field) -> bool:

@@ -13,19 +13,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from hotset.blocks import formats_decode, formats_encode
 from hotset.blocks.experts import ExpertWeights, layout_dtype
 from hotset.blocks.formats_base import (
     Section,
     SectionCodec,
+    as_bits,
     check_finite,
     field_values,
+    has_kernel,
     is_matrix,
-    not_finite,
     scale_dtype,
     scale_limit,
 )
+from hotset.blocks.formats_encode import SMALLEST
+from hotset.blocks.formats_jit import COMPILED
 from hotset.policies.types import Format
 
 if TYPE_CHECKING:
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
 
 _CHUNK = 128  # output channels quantised at a time, so that the float32 copy stays in cache
 _SCALE_SLACK = 1 + 2**-8  # a bf16 scale rounds by at most 2**-8, so no weight exceeds the range
-_SMALLEST = 1e-30  # amplitude of an all-zero channel
 
 
 class ChannelCodec(SectionCodec):
@@ -43,10 +47,16 @@ class ChannelCodec(SectionCodec):
 
     top: float
     kind: torch.dtype
+    stored: torch.dtype  # the same bytes in a type that NumPy has
+
+    @property
+    def factor(self) -> np.float32:
+        """Scale of a channel whose largest weight is 1."""
+        return np.float32(_SCALE_SLACK / self.top)
 
     @abstractmethod
     def to_values(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Round float32 weights in units of their scale; they are used up."""
+        """Round float32 weights in units of their scale, on any device; they are used up."""
 
     def sections(self, layout: BlockLayout) -> Sequence[Section]:
         """As `SectionCodec.sections`."""
@@ -78,20 +88,40 @@ class ChannelCodec(SectionCodec):
                 continue
             values = stored[field.role].view(self.kind).view(field.shape)
             scales = stored[f"{field.role}_scale"].view(scale_dtype(layout))
+            if layout.transposed:
+                weight, values = weight.t(), values.t()
             for start in range(0, field.shape[dim], _CHUNK):
                 size = min(_CHUNK, field.shape[dim] - start)
-                part = weight.narrow(dim, start, size).to(torch.float32, copy=True)
-                scale = self._scale(part, layout)
-                values.narrow(dim, start, size).copy_(self.to_values(part.div_(scale.float())))
-                scales.narrow(0, start, size).copy_(scale.flatten())
+                rows = weight[start : start + size].to(torch.float32).contiguous()
+                found, scale = self.quantise(rows, layout)
+                values[start : start + size].copy_(found)
+                scales[start : start + size].copy_(scale)
         return 0, body.numel()
 
-    def _scale(self, weight: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
-        amplitude = weight.abs().amax(dim=_channel_dim(layout), keepdim=True)
-        if not bool(torch.isfinite(amplitude).all()):
-            raise not_finite()
-        scale = amplitude.clamp_min(_SMALLEST) / self.top * _SCALE_SLACK
-        return scale.clamp_max(scale_limit(layout, self.top)).to(scale_dtype(layout))
+    def quantise(
+        self, rows: torch.Tensor, layout: BlockLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give values [R, C] and scales [R] of float32 `rows` [R, C]."""
+        limit = scale_limit(layout, self.top)
+        kind = scale_dtype(layout)
+        if not (COMPILED and rows.device.type == "cpu"):
+            return self.quantise_anywhere(rows, kind=kind, limit=limit)
+        values = torch.empty(rows.shape, dtype=self.kind)
+        scales = torch.empty(len(rows))
+        kernel = getattr(formats_encode, f"encode_{self.name}")
+        kernel(
+            rows.view(-1).numpy(), self.factor, np.float32(limit), kind == torch.bfloat16,
+            values.view(-1).view(self.stored).numpy(), scales.numpy(),
+        )  # fmt: skip
+        return values, scales
+
+    def quantise_anywhere(
+        self, rows: torch.Tensor, *, kind: torch.dtype, limit: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the kernel's arithmetic with torch, on any device."""
+        scale = rows.abs().amax(dim=1).clamp_min_(SMALLEST) * float(self.factor)
+        scale = scale.clamp_max_(limit).to(kind).float()
+        return self.to_values(rows / scale.unsqueeze(1)), scale
 
     def decode_body(
         self, body: torch.Tensor, layout: BlockLayout, out: torch.Tensor, *, mode: int
@@ -105,7 +135,17 @@ class ChannelCodec(SectionCodec):
             if not is_matrix(field):
                 target.copy_(values)
                 continue
-            scale = getattr(stored, f"{field.role}_scale").unsqueeze(_channel_dim(layout))
+            scale = getattr(stored, f"{field.role}_scale")
+            if has_kernel(layout, body):
+                form = "_columns" if layout.transposed else ""
+                kernel = getattr(formats_decode, f"decode_{self.name}{form}")
+                kernel(
+                    values.view(self.stored).view(-1).numpy(),
+                    as_bits(scale),
+                    as_bits(target.view(-1)),
+                )
+                continue
+            scale = scale.unsqueeze(0 if layout.transposed else 1)
             target.copy_(values.to(torch.float32).mul_(scale))
 
     def view_body(self, body: torch.Tensor, layout: BlockLayout) -> ExpertWeights:
@@ -127,7 +167,7 @@ class Int8Codec(ChannelCodec):
     name = Format.INT8
     direct = True
     top = 127.0
-    kind = torch.int8
+    kind = stored = torch.int8
 
     def to_values(self, scaled: torch.Tensor) -> torch.Tensor:
         """As `ChannelCodec.to_values`."""
@@ -140,6 +180,7 @@ class Fp8Codec(ChannelCodec):
     name = Format.FP8
     top = 448.0
     kind = torch.float8_e4m3fn
+    stored = torch.uint8
 
     def to_values(self, scaled: torch.Tensor) -> torch.Tensor:
         """As `ChannelCodec.to_values`; beyond the top the cast would give NaN."""
@@ -152,11 +193,6 @@ class Fp8Codec(ChannelCodec):
         if scratch is None:
             raise ValueError("compute cannot read format fp8: pass scratch to decode into")
         return super().views(payload, layout, scratch=scratch)
-
-
-def _channel_dim(layout: BlockLayout) -> int:
-    """Give the dimension along which one output channel extends (its inputs)."""
-    return 0 if layout.transposed else 1
 
 
 def _scaled_dim(layout: BlockLayout) -> int:

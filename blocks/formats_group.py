@@ -28,19 +28,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from hotset.blocks import formats_decode, formats_encode
 from hotset.blocks.experts import layout_dtype
 from hotset.blocks.formats_base import (
     Section,
     SectionCodec,
+    as_bits,
     check_finite,
     field_values,
+    has_kernel,
     is_matrix,
     scale_dtype,
     scale_limit,
 )
+from hotset.blocks.formats_decode import GROUP
+from hotset.blocks.formats_encode import LEAST_SCALE
+from hotset.blocks.formats_jit import COMPILED
 from hotset.policies.types import Format
 
 if TYPE_CHECKING:
@@ -48,8 +55,7 @@ if TYPE_CHECKING:
 
     from hotset.blocks.checkpoint import BlockLayout
 
-GROUP = 64
-_CHUNK = 8192  # groups at a time, so that the float32 copies stay in cache
+_CHUNK = 1024  # groups at a time, so that the float32 copies stay in cache
 _SHARES_FINE = (1.0, 0.95, 0.9, 0.85, 0.8)
 _SHARES_COARSE = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51)
 NF4_LEVELS = (
@@ -71,8 +77,11 @@ class GroupCodec(SectionCodec):
         """`shares` of the largest weight are tried as the outermost level; the first is 1."""
         self.name = name
         self.bits = bits
-        self.levels = tuple(levels)
-        self.shares = tuple(shares)
+        self.levels = np.array(levels, dtype=np.float32)
+        self.middles = (self.levels[1:] + self.levels[:-1]) / np.float32(2)
+        self.linear = bool((np.diff(self.levels) == 1).all())
+        self.top = -float(self.levels[0])
+        self.factors = np.array([share / self.top for share in shares], dtype=np.float32)
 
     def sections(self, layout: BlockLayout) -> Sequence[Section]:
         """As `SectionCodec.sections`."""
@@ -114,22 +123,53 @@ class GroupCodec(SectionCodec):
         self, weight: torch.Tensor, layout: BlockLayout
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give codes u8 [G, 64] and scales [G] of float32 weights [G, 64]."""
-        levels = torch.tensor(self.levels, device=weight.device)
-        middles = (levels[1:] + levels[:-1]) / 2
+        limit = scale_limit(layout, self.top)
+        kind = scale_dtype(layout)
+        if COMPILED and weight.device.type == "cpu":
+            codes = torch.empty(weight.shape, dtype=torch.uint8)
+            scales = torch.empty(len(weight))
+            rest = (
+                self.factors, np.float32(limit), kind == torch.bfloat16,
+                codes.view(-1).numpy(), scales.numpy(),
+            )  # fmt: skip
+            flat = weight.view(-1).numpy()
+            if self.linear:
+                last = np.float32(len(self.middles))
+                formats_encode.encode_even_groups(
+                    flat, self.levels[0], self.middles[0], last, *rest
+                )
+            else:
+                formats_encode.encode_groups(flat, tuple(self.levels), tuple(self.middles), *rest)
+            return codes, scales
+        return self.quantise_anywhere(weight, kind=kind, limit=limit)
+
+    def quantise_anywhere(
+        self, weight: torch.Tensor, *, kind: torch.dtype, limit: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the kernel's arithmetic in its order with torch, on any device."""
+        levels = torch.from_numpy(self.levels).to(weight.device)
+        middles = torch.from_numpy(self.middles).to(weight.device)
         high, low = weight.amax(dim=1), weight.amin(dim=1)
-        largest = torch.where(high >= -low, -high, -low)  # the outermost level is negative
-        top = -self.levels[0]
-        limit = scale_limit(layout, top)
-        best = torch.full_like(largest, torch.inf)
+        outermost = torch.where(high >= -low, -high, -low)
+        unit = _inverse(outermost).unsqueeze(1)
+        best = torch.full_like(outermost, torch.inf)
         codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
-        scales = torch.zeros_like(largest)
-        for share in self.shares:
-            scale = (largest * share / top).to(scale_dtype(layout)).float().clamp_(-limit, limit)
-            divisor = torch.where(scale == 0, 1.0, scale).unsqueeze(1)
-            found = torch.bucketize(weight / divisor, middles)
-            error = (levels[found] * scale.unsqueeze(1) - weight).square_().sum(dim=1)
-            better = error < best
-            best = torch.where(better, error, best)
+        scales = torch.zeros_like(outermost)
+        for factor in self.factors.tolist():
+            scale = (outermost * factor).to(kind).float().clamp_(-limit, limit)
+            scale = torch.where(scale.abs() < LEAST_SCALE, 0.0, scale)
+            scaled = weight * _inverse(scale).unsqueeze(1)
+            if self.linear:
+                found = (scaled - middles[0]).ceil_().clamp_(0, len(levels) - 1).long()
+            else:
+                found = torch.bucketize(scaled, middles)
+            miss = (levels[found] * scale.unsqueeze(1) - weight).mul_(unit)
+            squares = miss.square_().view(-1, 4, 16)
+            error = squares[:, 0] + squares[:, 1] + squares[:, 2] + squares[:, 3]
+            for width in (8, 4, 2, 1):
+                error = error[:, :width] + error[:, width : 2 * width]
+            better = error[:, 0] < best
+            best = torch.where(better, error[:, 0], best)
             scales = torch.where(better, scale, scales)
             codes = torch.where(better.unsqueeze(1), found.to(torch.uint8), codes)
         return codes, scales
@@ -140,16 +180,36 @@ class GroupCodec(SectionCodec):
         """As `BodyCodec.decode_body`."""
         del mode
         stored = self.split(body, layout)
-        levels = torch.tensor(self.levels, device=body.device)
         for field in layout.fields:
             target = field_values(out, layout, field)
+            codes = stored[field.role]
             if not is_matrix(field):
-                target.copy_(stored[field.role].view(layout_dtype(layout)))
+                target.copy_(codes.view(layout_dtype(layout)))
                 continue
-            codes = unpack(stored[field.role].view(-1, GROUP * self.bits // 8), bits=self.bits)
-            scales = stored[f"{field.role}_scale"].view(scale_dtype(layout)).float()
-            values = (levels[codes.long()] * scales.unsqueeze(1)).view(-1)
-            target.view(-1).copy_(values[: target.numel()])
+            scales = stored[f"{field.role}_scale"]
+            done = 0
+            if has_kernel(layout, body):
+                kernel = getattr(formats_decode, f"decode{self.bits}")
+                done = kernel(codes.numpy(), as_bits(scales), self.levels, as_bits(target.view(-1)))
+            if done < target.numel():
+                self._decode_rest(codes, scales, layout, target.view(-1), done=done)
+
+    def _decode_rest(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        layout: BlockLayout,
+        target: torch.Tensor,
+        *,
+        done: int,
+    ) -> None:
+        """Decode from weight `done`, the start of a group, to the end with torch."""
+        first = done // GROUP
+        levels = torch.from_numpy(self.levels).to(codes.device)
+        found = unpack(codes.view(-1, GROUP * self.bits // 8)[first:], bits=self.bits)
+        scale = scales.view(scale_dtype(layout))[first:].float()
+        values = (levels[found.long()] * scale.unsqueeze(1)).view(-1)
+        target[done:].copy_(values[: target.numel() - done])
 
 
 def pack(codes: torch.Tensor, *, bits: int) -> torch.Tensor:
@@ -176,6 +236,10 @@ def unpack(packed: torch.Tensor, *, bits: int) -> torch.Tensor:
         return low
     high = torch.cat([packed[:, 16:] >> place & 1 for place in range(8)], dim=1)
     return low | high << 2
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale.abs() < LEAST_SCALE, 0.0, 1 / scale)
 
 
 def group_codecs() -> tuple[GroupCodec, ...]:

@@ -31,16 +31,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from hotset.blocks.formats_base import BodyCodec, aligned, check_finite
+from hotset.blocks import formats_decode, formats_encode
+from hotset.blocks.formats_base import BodyCodec, aligned, as_bits, check_finite
+from hotset.blocks.formats_decode import RUN
+from hotset.blocks.formats_encode import WINDOW
+from hotset.blocks.formats_jit import COMPILED
 from hotset.errors import DependencyError, FormatError
 from hotset.policies.types import Format
 
 if TYPE_CHECKING:
     from hotset.blocks.checkpoint import BlockLayout
 
-RAW, WINDOW, DENSE = 0, 1, 2
-WINDOW_WIDTH = 16
-RUN = 128  # weights whose exponents share 64 bytes
+RAW, LISTED, DENSE = 0, 1, 2
 _HEAD_NBYTES = 64
 _LEVEL = 1  # zstd: higher levels search for repeats, and exponents have none
 
@@ -68,7 +70,7 @@ class LosslessCodec(BodyCodec):
             make = _encode_dense if self.dense else _encode_window
             used = make(payload.view(torch.int16), body)
             if used:
-                return (DENSE if self.dense else WINDOW), used
+                return (DENSE if self.dense else LISTED), used
         body.copy_(payload)
         return RAW, layout.nbytes
 
@@ -78,7 +80,7 @@ class LosslessCodec(BodyCodec):
         """As `BodyCodec.decode_body`."""
         if mode == RAW:
             out.copy_(body)
-        elif mode == WINDOW:
+        elif mode == LISTED:
             _decode_window(body, out.view(torch.int16))
         elif mode == DENSE:
             _decode_dense(body, out.view(torch.int16))
@@ -89,15 +91,27 @@ class LosslessCodec(BodyCodec):
 
 def _planes(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split bfloat16 bits (i16) into sign and mantissa (u8) and exponent (u8)."""
+    if _fast(bits):
+        rest = torch.empty(bits.shape, dtype=torch.uint8)
+        exponent = torch.empty(bits.shape, dtype=torch.uint8)
+        formats_encode.split_planes(as_bits(bits), rest.numpy(), exponent.numpy())
+        return rest, exponent
     wide = bits.to(torch.int32)
     return ((wide >> 8 & 0x80) | (wide & 0x7F)).to(torch.uint8), (wide >> 7 & 0xFF).to(torch.uint8)
 
 
-def _joined(rest: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Undo `_planes`; gives i16."""
+def _join(rest: torch.Tensor, exponent: torch.Tensor, out: torch.Tensor) -> None:
+    """Undo `_planes`."""
+    if _fast(out):
+        formats_decode.join_planes(rest.numpy(), exponent.numpy(), as_bits(out))
+        return
     wide = rest.to(torch.int32)
     bits = (wide & 0x80) << 8 | exponent.to(torch.int32) << 7 | (wide & 0x7F)
-    return bits.to(torch.int16)
+    out.copy_(bits.to(torch.int16))
+
+
+def _fast(payload: torch.Tensor) -> bool:
+    return COMPILED and payload.device.type == "cpu"
 
 
 def lowest_exponent(counts: torch.Tensor) -> int:
@@ -105,30 +119,51 @@ def lowest_exponent(counts: torch.Tensor) -> int:
 
     `counts` [256] are weights by exponent.
     """
-    covered = counts.to(torch.int64).unfold(0, WINDOW_WIDTH, 1).sum(dim=1)
+    covered = counts.to(torch.int64).unfold(0, WINDOW, 1).sum(dim=1)
     return int(torch.nonzero(covered == covered.max())[0, 0])
 
 
 def _encode_window(bits: torch.Tensor, body: torch.Tensor) -> int:
     """Fill `body` with mode 1; gives the bytes used, or 0 when it does not fit."""
     count = bits.numel()
-    rest, exponent = _planes(bits)
-    low = lowest_exponent(torch.bincount(exponent, minlength=256))
-    place = exponent.to(torch.int16) - low
-    listed = torch.nonzero((place < 0) | (place >= WINDOW_WIDTH)).flatten()
-    ends = _window_parts(count, listed.numel())
-    if ends[-1] > body.numel():
+    counts = _count_exponents(bits)
+    low = lowest_exponent(counts)
+    listed = count - int(counts[low : low + WINDOW].sum())
+    parts = _window_parts(count, listed)
+    if parts[-1] > body.numel():
         return 0
-    body[: ends[-1]] = 0
-    body[:_HEAD_NBYTES] = _head(struct.pack("<IB", listed.numel(), low))
-    body[ends[0] : ends[0] + count] = rest
-    place[listed] = 0
+    body[:_HEAD_NBYTES] = _head(struct.pack("<IB", listed, low))
+    body[parts[0] + count : parts[1]] = 0
+    body[parts[2] : parts[-1]] = 0
+    rest = body[parts[0] : parts[0] + count]
+    packed = body[parts[1] : parts[1] + -(-count // RUN) * RUN // 2]
+    body[parts[1] + packed.numel() : parts[2]] = 0
+    positions = body[parts[2] : parts[2] + 4 * listed].view(torch.int32)
+    values = body[parts[3] : parts[3] + 2 * listed].view(torch.int16)
+    if _fast(bits):
+        formats_encode.encode_window(
+            as_bits(bits), low, rest.numpy(), packed.numpy(), positions.numpy(), as_bits(values)
+        )
+        return parts[-1]
+    plane, exponent = _planes(bits)
+    rest.copy_(plane)
+    place = exponent.to(torch.int16) - low
+    outside = torch.nonzero((place < 0) | (place >= WINDOW)).flatten()
+    place[outside] = 0
     runs = functional.pad(place.to(torch.uint8), (0, -count % RUN)).view(-1, 2, RUN // 2)
-    packed = (runs[:, 0] | runs[:, 1] << 4).flatten()
-    body[ends[1] : ends[1] + packed.numel()] = packed
-    body[ends[2] : ends[2] + 4 * listed.numel()] = listed.to(torch.int32).view(torch.uint8)
-    body[ends[3] : ends[3] + 2 * listed.numel()] = bits[listed].view(torch.uint8)
-    return ends[-1]
+    packed.copy_((runs[:, 0] | runs[:, 1] << 4).flatten())
+    positions.copy_(outside)
+    values.copy_(bits[outside])
+    return parts[-1]
+
+
+def _count_exponents(bits: torch.Tensor) -> torch.Tensor:
+    """Count the weights of each exponent; gives [256] in host memory."""
+    if _fast(bits):
+        counts = torch.zeros(256, dtype=torch.int64)
+        formats_encode.count_exponents(as_bits(bits), counts.numpy())
+        return counts
+    return torch.bincount(_planes(bits)[1], minlength=256).cpu()
 
 
 def _window_parts(count: int, listed: int) -> tuple[int, int, int, int, int]:
@@ -146,9 +181,15 @@ def _decode_window(body: torch.Tensor, out: torch.Tensor) -> None:
     parts = _window_parts(count, listed)
     if parts[-1] != body.numel():
         raise FormatError("a bf16z body does not have the parts it names", remedy="encode it again")
-    packed = body[parts[1] : parts[2]].view(-1, RUN // 2)
-    place = torch.stack((packed & 15, packed >> 4), dim=1).flatten()[:count]
-    out.copy_(_joined(body[parts[0] : parts[0] + count], place + low))
+    rest = body[parts[0] : parts[0] + count]
+    packed = body[parts[1] : parts[1] + -(-count // RUN) * RUN // 2]
+    done = 0
+    if _fast(out):
+        done = formats_decode.decode_window(rest.numpy(), packed.numpy(), low, as_bits(out))
+    if done < count:
+        pairs = packed[done // 2 :].view(-1, RUN // 2)
+        place = torch.stack((pairs & 15, pairs >> 4), dim=1).flatten()[: count - done]
+        _join(rest[done:], place + low, out[done:])
     positions = body[parts[2] : parts[2] + 4 * listed].view(torch.int32).long()
     out[positions] = body[parts[3] : parts[3] + 2 * listed].view(torch.int16)
 
@@ -181,7 +222,7 @@ def _decode_dense(body: torch.Tensor, out: torch.Tensor) -> None:
     if len(raw) != count:
         raise FormatError("a bf16z plane has the wrong length", remedy="encode the block again")
     exponent = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(body.device)
-    out.copy_(_joined(body[_HEAD_NBYTES : _HEAD_NBYTES + count], exponent))
+    _join(body[_HEAD_NBYTES : _HEAD_NBYTES + count], exponent, out)
 
 
 def _head(fields: bytes) -> torch.Tensor:

@@ -1,51 +1,25 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from expert_modules import Silu, Transposed
+from format_layouts import make_layout, make_payload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.blocks.checkpoint import BlockLayout, Field
 from hotset.blocks.experts import run_expert, view_weights
 from hotset.blocks.formats import CODECS, CODECS_BY_CODE, codec, reduced_nbytes
 from hotset.errors import CheckpointError
 from hotset.policies.types import Format
 
+if TYPE_CHECKING:
+    from hotset.blocks.checkpoint import BlockLayout
+
 INT8 = codec(Format.INT8)
 FULL = codec(Format.BF16)
 UNIT = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-24}  # one rounding
-
-
-def make_layout(
-    *,
-    hidden: int,
-    inter: int,
-    dtype: str = "bfloat16",
-    transposed: bool = False,
-    bias: bool = False,
-) -> BlockLayout:
-    shapes = {
-        "gate_up": (hidden, 2 * inter) if transposed else (2 * inter, hidden),
-        "down": (inter, hidden) if transposed else (hidden, inter),
-    }
-    if bias:
-        shapes |= {"gate_up_bias": (2 * inter,), "down_bias": (hidden,)}
-    fields, offset = [], 0
-    for role, shape in shapes.items():
-        nbytes = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-        fields.append(Field(role=role, offset=offset, nbytes=nbytes, shape=shape))
-        offset += nbytes
-    return BlockLayout(fields=tuple(fields), dtype=dtype, transposed=transposed, nbytes=offset)
-
-
-def make_payload(layout: BlockLayout, *, seed: int, spread: float = 1.0) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    dtype = getattr(torch, layout.dtype)
-    count = layout.nbytes // dtype.itemsize
-    values = torch.randn(count, generator=random) * 0.02
-    values *= 2.0 ** (torch.randn(count, generator=random) * spread)
-    return values.to(dtype).view(torch.uint8)
 
 
 def encode(layout: BlockLayout, payload: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,229 @@
+"""What the kernels of the formats are compiled with: numba, and the steps that NumPy cannot say.
+
+Decides nothing about formats. Without numba `COMPILED` is false and torch code does the same. Must
+not know layouts, headers or torch.
+
+A group's levels times its scale fit one AVX-512 register as bfloat16, so a decoded weight is one
+lane of VPERMW: 32 weights an instruction (`permute4`, `permute3`, `permute2`). Without AVX-512 BW
+`PERMUTES` is false and the caller reads its table from memory.
+
+numba keeps compiled code on disk by the date of the function's own file. What is here is built into
+kernels of other files, so the source of this file is part of their stamp.
+"""
+
+# ruff: noqa: ARG001 - an intrinsic names arguments that only its emitted code reads
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+try:
+    from llvmlite import binding, ir
+    from numba import njit, types
+    from numba.extending import intrinsic
+except ImportError:  # torch code does the same
+    COMPILED = False
+else:
+    COMPILED = True
+
+_F = TypeVar("_F", bound="Callable[..., Any]")
+_STAMP = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
+
+
+def compiled(function: _F) -> _F:
+    """Compile on first use; numba keeps the result on disk beside the source."""
+    if not COMPILED:
+        return function
+    dispatcher: Any = njit(cache=True, nogil=True, error_model="numpy")(function)
+    kept: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if hasattr(kept, "_source_stamp"):
+        kept._source_stamp = (kept._source_stamp, _STAMP)  # noqa: SLF001 - numba has no door for it
+    wrapped: _F = dispatcher
+    return wrapped
+
+
+def _has_permute() -> bool:
+    """Tell whether numba compiles for a processor with VPERMW."""
+    if not COMPILED or os.environ.get("NUMBA_CPU_NAME") or os.environ.get("NUMBA_CPU_FEATURES"):
+        return False
+    return bool(binding.get_host_cpu_features().get("avx512bw"))
+
+
+PERMUTES = _has_permute()
+
+if COMPILED:
+
+    def _emitted(function: Callable[..., Any]) -> Any:
+        """Let `function` emit the code of each call, which passes all but the first argument."""
+        return intrinsic(function)
+
+    @_emitted
+    def bits_of(_context: Any, value: Any) -> Any:
+        """Bits of a float32."""
+
+        def emit(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], ir.IntType(32))
+
+        return types.uint32(types.float32), emit
+
+    @_emitted
+    def float_of(_context: Any, value: Any) -> Any:
+        """Float32 with these bits."""
+
+        def emit(_target: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], ir.FloatType())
+
+        return types.float32(types.uint32), emit
+
+    @_emitted
+    def sum_of_group(_context: Any, squares: Any) -> Any:
+        """Sum of an array of 64 float32: 16 lanes of four, then halves onto halves."""
+
+        def emit(target: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.VectorType(ir.FloatType(), 16)
+            array = target.make_array(signature.args[0])(target, builder, args[0])
+            parts = [
+                builder.load(
+                    builder.bitcast(
+                        builder.gep(array.data, [ir.Constant(ir.IntType(64), 16 * part)]),
+                        kind.as_pointer(),
+                    ),
+                    align=4,
+                )
+                for part in range(4)
+            ]
+            total = parts[0]
+            for part in parts[1:]:
+                total = builder.fadd(total, part)
+            for width in (8, 4, 2, 1):
+                none = ir.Constant(total.type, ir.Undefined)
+                low, high = (
+                    builder.shuffle_vector(
+                        total, none, _vector(range(start, start + width), ir.IntType(32))
+                    )
+                    for start in (0, width)
+                )
+                total = builder.fadd(low, high)
+            return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+        return types.float32(squares), emit
+
+    @_emitted
+    def level_of(_context: Any, value: Any, levels: Any, middles: Any) -> Any:
+        """Level of a tuple of n that is nearest to a float32, by the n - 1 middles between them."""
+
+        def emit(_target: Any, builder: Any, signature: Any, args: Any) -> Any:
+            found = builder.extract_value(args[1], 0)
+            for step in range(signature.args[2].count):
+                over = builder.fcmp_ordered(">", args[0], builder.extract_value(args[2], step))
+                found = builder.select(over, builder.extract_value(args[1], step + 1), found)
+            return found
+
+        return types.float32(types.float32, levels, middles), emit
+
+    @_emitted
+    def code_of(_context: Any, value: Any, middles: Any) -> Any:
+        """Index of the level that `level_of` gives."""
+
+        def emit(_target: Any, builder: Any, signature: Any, args: Any) -> Any:
+            found = ir.Constant(ir.IntType(8), 0)
+            for step in range(signature.args[1].count):
+                over = builder.fcmp_ordered(">", args[0], builder.extract_value(args[1], step))
+                found = builder.select(over, ir.Constant(ir.IntType(8), step + 1), found)
+            return found
+
+        return types.uint8(types.float32, middles), emit
+
+    def _vector(values: Any, lane: Any) -> Any:
+        return ir.Constant(ir.VectorType(lane, len(values)), list(values))
+
+    def _load(builder: Any, address: Any, count: Any) -> Any:
+        kind = ir.VectorType(ir.IntType(8), count)
+        return builder.load(builder.bitcast(address, kind.as_pointer()), align=1)
+
+    def _spread(builder: Any, loaded: Any, have: Any) -> Any:
+        """Repeat a vector of `have` bytes to 32 lanes of 16 bits."""
+        lanes = _vector([lane % have for lane in range(32)], ir.IntType(32))
+        wide = builder.shuffle_vector(loaded, ir.Constant(loaded.type, ir.Undefined), lanes)
+        return builder.zext(wide, ir.VectorType(ir.IntType(16), 32))
+
+    def _shifted(builder: Any, wide: Any, shifts: Any, mask: Any) -> Any:
+        half = ir.IntType(16)
+        moved = builder.lshr(wide, _vector(shifts, half))
+        return builder.and_(moved, _vector([mask] * 32, half))
+
+    def _codes(builder: Any, address: Any, bits: Any) -> Any:
+        """The 64 codes of a group, as two vectors of 32 lanes."""
+        if bits == 4:
+            wide = _spread(builder, _load(builder, address, 32), 32)
+            return [_shifted(builder, wide, [place] * 32, 15) for place in (0, 4)]
+        wide = _spread(builder, _load(builder, address, 16), 16)
+        low = [_shifted(builder, wide, [first] * 16 + [first + 2] * 16, 3) for first in (0, 4)]
+        if bits == 2:
+            return low
+        after = builder.gep(address, [ir.Constant(ir.IntType(64), 16)])
+        wide = _spread(builder, _load(builder, after, 8), 8)
+        half = ir.IntType(16)
+        found = []
+        for part, first in zip(low, (0, 4), strict=True):
+            shifts = [first + lane // 8 for lane in range(32)]
+            high = builder.shl(_shifted(builder, wide, shifts, 1), _vector([2] * 32, half))
+            found.append(builder.or_(part, high))
+        return found
+
+    def _permuting(bits: Any) -> Any:
+        """Make the function that writes the 64 weights of a group from its 32-entry table."""
+
+        @_emitted
+        def permute(_context: Any, packed: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
+            signature = types.void(packed, types.int64, table, out, types.int64)
+
+            def emit(target: Any, builder: Any, signature: Any, args: Any) -> Any:
+                arrays = [
+                    target.make_array(kind)(target, builder, value).data
+                    for kind, value in (
+                        (signature.args[0], args[0]),
+                        (signature.args[2], args[2]),
+                        (signature.args[3], args[3]),
+                    )
+                ]
+                lanes = ir.VectorType(ir.IntType(16), 32)
+                permvar = builder.module.declare_intrinsic(
+                    "llvm.x86.avx512.permvar.hi.512", fnty=ir.FunctionType(lanes, [lanes, lanes])
+                )
+                source = builder.gep(arrays[0], [args[1]])
+                levels = builder.load(builder.bitcast(arrays[1], lanes.as_pointer()), align=2)
+                for half, codes in enumerate(_codes(builder, source, bits)):
+                    place = builder.add(args[4], ir.Constant(ir.IntType(64), 32 * half))
+                    goal = builder.bitcast(builder.gep(arrays[2], [place]), lanes.as_pointer())
+                    builder.store(builder.call(permvar, [levels, codes]), goal, align=2)
+                return target.get_dummy_value()
+
+            return signature, emit
+
+        return permute
+
+    permute4, permute3, permute2 = (_permuting(bits) for bits in (4, 3, 2))
+
+
+@compiled
+def rounded(value: Any) -> Any:
+    """Bits of the bfloat16 nearest to a float32, ties to even, as torch rounds."""
+    bits = bits_of(value)
+    odd = bits >> np.uint32(16) & np.uint32(1)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+
+@compiled
+def widened(half: Any) -> Any:
+    """Float32 of a bfloat16's bits."""
+    return float_of(np.uint32(half) << np.uint32(16))
