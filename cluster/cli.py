@@ -13,6 +13,9 @@ from typing import Any
 import click
 
 from hotset import __version__
+from hotset.cluster.bench_mix import bench_mix_command
+from hotset.cluster.calibrate import calibrate_command
+from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay
 from hotset.errors import HotsetError
@@ -249,6 +252,7 @@ def why(block: str, address: str, run: str | None, *, as_json: bool) -> None:
 
 
 main.add_command(plan_command)
+main.add_command(calibrate_command)
 main.add_command(replay)
 main.add_command(analyze_routing_command)
 
@@ -354,6 +358,8 @@ def doctor(*, as_json: bool) -> None:
 
 
 bench.add_command(bench_planner_command)
+bench.add_command(bench_mix_command)
+main.add_command(dashboard_command)
 
 if os.environ.get("HOTSET_DEBUG"):
     import faulthandler

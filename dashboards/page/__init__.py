@@ -1,0 +1,1 @@
+"""The live page: a run's journal and traces as values, and a server that shows them."""
