@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hotset.actors import watch
+from hotset.actors.commandlog import FILE, CommandLog
 from hotset.actors.controllog import ControlLog
 from hotset.actors.frames import read_frames
 from hotset.actors.journal import JournalWriter
@@ -32,6 +33,8 @@ from hotset.policies.config import PolicyConfig
 from hotset.policies.types import (
     BlockId,
     BlockInfo,
+    CancelTransfer,
+    ChangeFormat,
     Command,
     DropCopy,
     Event,
@@ -153,6 +156,7 @@ class ControlCore:
         if replay and journal.exists():
             self._replay(journal)
         self._journal = JournalWriter(journal)
+        self._commands = CommandLog(journal.with_name(FILE), events=self.replayed)
         fresh = journal.with_name("run.json.new")
         fresh.write_bytes(msgspec.json.encode(spec))
         fresh.replace(journal.with_name("run.json"))  # a reader never sees half of it
@@ -290,6 +294,7 @@ class ControlCore:
     def close(self) -> None:
         """Write the journal out."""
         self._journal.close()
+        self._commands.close()
 
     # --- inside ---------------------------------------------------------------------------------
 
@@ -299,6 +304,7 @@ class ControlCore:
         commands = self._brain.handle(event)
         end_ns = self._clock_ns()
         self.log.handled(event, commands, epoch=self._brain.epoch, start_ns=start_ns, end_ns=end_ns)
+        self._commands.handled(commands)
         for command in commands:
             self._give(command)
         if self._brain.settled():
@@ -310,7 +316,7 @@ class ControlCore:
 
     def _give(self, command: Command) -> None:
         match command:
-            case StartTransfer() | DropCopy():
+            case StartTransfer() | CancelTransfer() | DropCopy() | ChangeFormat():
                 member = self._members.get(command.store)
                 if member is not None and self.spec.mode == "active":
                     member.command_seq += 1

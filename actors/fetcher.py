@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hotset.actors.observe import LinkSums
 from hotset.errors import HotsetError
 from hotset.policies.types import FORMAT_CODES, STORAGE, BlockId, Format, Reason
 from hotset.transport.base import (
@@ -96,6 +97,7 @@ class Fetcher:
         self._directory = directory
         self._checksums: dict[BlockId, int] = {}
         self.bytes_by_link: dict[str, int] = {}
+        self.uses: dict[str, LinkSums] = {}
         self._posted_ns: dict[int, int] = {}  # of transfers in flight, by id
 
     def start(self, wants: Sequence[Want]) -> None:
@@ -156,6 +158,7 @@ class Fetcher:
         if outcome.status is Status.DONE and not any(item.lost for item in outcome.items):
             busy_ns = outcome.wire_ns + outcome.verify_ns
             self._directory.cost(store).observe(nbytes=outcome.nbytes, elapsed_ns=busy_ns)
+            self._note_use(store, outcome, demand=group[0].reason is Reason.DEMAND)
         for offset, (want, item) in enumerate(zip(group, outcome.items, strict=True)):
             transfer_id = outcome.transfer_id + offset
             self._learn(want, item)
@@ -167,6 +170,15 @@ class Fetcher:
             else:
                 error = item.error or item.status.value
                 self._next_source(want, transfer_id=transfer_id, error=error)
+
+    def _note_use(self, store: str, outcome: Outcome, *, demand: bool) -> None:
+        # Called on the engine's owner thread only; readers get a whole tuple, old or new.
+        old = self.uses.get(store, LinkSums(0, 0, 0))
+        self.uses[store] = LinkSums(
+            busy_ns=old.busy_ns + outcome.wire_ns,
+            demand_ns=old.demand_ns + (outcome.wire_ns if demand else 0),
+            nbytes=old.nbytes + outcome.nbytes,
+        )
 
     def _learn(self, want: Want, item: ItemResult) -> None:
         """Forget the sources that failed; `want.sources` begins with the last that was tried."""

@@ -10,7 +10,15 @@ import threading
 from typing import TYPE_CHECKING
 
 from hotset.actors.fetcher import Landing, Want
-from hotset.policies.types import BlockId, Command, DropCopy, Format, Reason, StartTransfer
+from hotset.policies.types import (
+    BlockId,
+    CancelTransfer,
+    Command,
+    DropCopy,
+    Format,
+    Reason,
+    StartTransfer,
+)
 
 if TYPE_CHECKING:
     from hotset.actors.fetcher import Fetcher
@@ -43,10 +51,23 @@ class PoolCore:
                 with self._lock:
                     self._queue.append(command)
                 self._pump()
+            case CancelTransfer():
+                self._cancel(command)
             case DropCopy():
                 self._store.drop(command.block, command.format, reason=command.reason)
             case _:
                 pass  # epochs and vetoes concern the directory and the story, not a pool
+
+    def _cancel(self, command: CancelTransfer) -> None:
+        """Answer for a transfer that has not begun; one that has answers when it has landed."""
+        key = (command.block, command.format)
+        with self._lock:
+            if key in self._flying:
+                return
+            self._queue = [one for one in self._queue if (one.block, one.format) != key]
+            if self._store.holds(*key):
+                return
+        self._store.report_failure(command.block, command.format, reason=Reason.CANCELLED)
 
     def _pump(self) -> None:
         wants: list[Want] = []

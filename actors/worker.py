@@ -33,6 +33,7 @@ from hotset.actors.messages import (
     decode,
     encode,
 )
+from hotset.actors.observe import Observer
 from hotset.actors.peers import RayPeers, rows_from_bytes, rows_to_bytes
 from hotset.actors.tokenpath import PathConfig, RowIds, TokenPath
 from hotset.actors.uses import Uses
@@ -46,6 +47,8 @@ from hotset.policies.device import DeviceShape
 from hotset.policies.residency import make_policy
 from hotset.policies.types import (
     BlockId,
+    CancelTransfer,
+    ChangeFormat,
     Command,
     DropCopy,
     Event,
@@ -53,6 +56,7 @@ from hotset.policies.types import (
     Reason,
     RouterCounts,
     StartTransfer,
+    State,
 )
 from hotset.transport.inbox import Inbox
 from hotset.transport.slab import slot_stride
@@ -70,6 +74,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     reference: Literal["eager", "grouped_mm"] = "eager"
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
+    record: bool = False
 
 
 class GPUWorker:
@@ -130,7 +135,8 @@ class GPUWorker:
                 move=self._spec.move,
             ),
         )
-        self._skeleton.bind(self._path)
+        self._observer = Observer(self._path, layers=catalog.layers, record=self._spec.record)
+        self._skeleton.bind(self._observer)
         self._skeleton.model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._skeleton.model.register_forward_hook(self._after)
         self._requests = 0
@@ -209,6 +215,7 @@ class GPUWorker:
             chunks.put(error)
         finally:
             self._policy.forget(serial)
+            self._observer.ended(serial)
 
     def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -273,6 +280,11 @@ class GPUWorker:
         return self._requests
 
     @ray.method(concurrency_group="ctl")
+    def recording(self) -> bytes:
+        """MessagePack of the `Recording` of this worker's requests."""
+        return encode(self._observer.recording())
+
+    @ray.method(concurrency_group="ctl")
     def draining(self) -> bool:
         """Whether the controller has asked this worker to leave."""
         return self._drained.is_set()
@@ -307,8 +319,30 @@ class GPUWorker:
                     self._refuse(command.block, command.format, reason=Reason.VETO_MEMORY)
             case DropCopy():
                 self._cache.drop(command.block, reason=command.reason)
+            case CancelTransfer():
+                self._cancel(command.block, command.format)
+            case ChangeFormat() if command.into is Format.INT8:
+                self._encoder.submit(self._demote, command.block)
+            case ChangeFormat():
+                self._promote(command.block)
             case _:
                 pass
+
+    def _cancel(self, block: BlockId, fmt: Format) -> None:
+        """Answer for a transfer that is not under way; one that is answers when it has landed."""
+        if self._policy.state(block.layer, block.index) is not State.IN_FLIGHT:
+            self._refuse(block, fmt, reason=Reason.CANCELLED)
+
+    def _promote(self, block: BlockId) -> None:
+        """Replace a reduced copy by a full one; compute fetches it if it is needed meanwhile."""
+        if self._policy.format(block.layer, block.index) is not Format.INT8:
+            self._refuse(block, Format.BF16, reason=Reason.STALE)
+            return
+        at = (block.layer, block.index)
+        if not self._cache.drop(block, reason=Reason.PROMOTE):
+            self._refuse(block, Format.BF16, reason=Reason.STALE)  # somebody computes with it
+        elif not self._cache.prefetch([at], reason=Reason.PROMOTE):
+            self._refuse(block, Format.BF16, reason=Reason.VETO_MEMORY)
 
     def _demote(self, block: BlockId) -> None:
         """Hold a block in int8: encoded here from the full copy, which is fetched when missing."""
@@ -338,17 +372,21 @@ class GPUWorker:
         self._parts.store.report_failure(block, fmt, reason=reason)
 
     def _events(self) -> list[Event]:
+        name, catalog = self._spec.store.name, self._parts.catalog
+        events = self._observer.reports(
+            name,
+            requests=self._requests,
+            used_bytes=self._parts.slab.used_bytes,
+            links=self._parts.fetcher.uses,
+        )
         counts = self._path.routed_since_last()
-        if not counts:
-            return []
-        return [
-            RouterCounts(
-                now_ns=time.time_ns(),
-                store=self._spec.store.name,
-                counts=counts,
-                tokens=max(count for _, count in counts),
+        if counts:
+            uses = sum(count for _, count in counts)
+            tokens = -(-uses // (len(catalog.layers) * catalog.top_k))
+            events.append(
+                RouterCounts(now_ns=time.time_ns(), store=name, counts=counts, tokens=tokens)
             )
-        ]
+        return events
 
     def _gauges(self) -> dict[str, float]:
         counters = self._parts.counters

@@ -56,6 +56,7 @@ class RunConfig(BaseModel):
     dashboard_port: int | None = Field(default=None, ge=1, le=65535)
     run_dir: Path | None = None
     mode: Literal["active", "advisory"] = "active"
+    record: bool = False
 
     @classmethod
     def build(cls, **values: object) -> RunConfig:

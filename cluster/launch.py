@@ -236,6 +236,7 @@ class Deployment:
             reference=config.reference,
             numerics=config.numerics,
             move=config.move,
+            record=config.record,
         )
         variables = {"OMP_NUM_THREADS": str(config.threads)}
         if os.environ.get(cgroup.ENV):

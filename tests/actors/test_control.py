@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from hotset.actors.control import DEAD_AFTER_NS, TICK_NS, ControlCore, ControlSpec
+from hotset.actors.commandlog import check_replay
+from hotset.actors.control import DEAD_AFTER_NS, TICK_NS, ControlCore, ControlSpec, make_brain
 from hotset.actors.messages import Heartbeat, Join, decode, encode, pack, unpack_command
 from hotset.errors import StaleEpochError
 from hotset.policies.types import (
@@ -267,6 +268,43 @@ def test_a_successor_recovers_from_the_journal(tmp_path: Path, clock: Clock) -> 
     assert sum(successor.status()["states"].values()) == BLOCKS
     third = core_in(tmp_path, clock)
     assert third.replayed > successor.replayed
+
+
+def busy_run(folder: Path, clock: Clock) -> None:
+    """A run with a successor, a loss, a drain and refusals."""
+    core = core_in(folder, clock, reduced_ratio=0.5, floors={1: "bf16"}, default_floor="int8")
+    pool = filled(core)
+    worker = Store(core, "worker-0", tier=Tier.HBM, slots=4)
+    worker.beat(worker.obey(worker.join()))
+    core.drain("host-0")
+    successor = core_in(folder, clock, reduced_ratio=0.5, floors={1: "bf16"}, default_floor="int8")
+    for store in (pool, worker):
+        store.core = successor
+        store.join()
+    other = filled(successor, "host-1")
+    clock.now_ns += DEAD_AFTER_NS - 1000
+    other.beat()
+    worker.beat()
+    clock.now_ns += 2000
+    other.beat()  # host-0 is lost
+    successor.close()
+
+
+def test_a_journal_replays_to_the_same_commands_byte_for_byte(tmp_path: Path, clock: Clock) -> None:
+    busy_run(tmp_path, clock)
+    spec = msgspec.json.decode((tmp_path / "run.json").read_bytes(), type=ControlSpec)
+    found = check_replay(tmp_path, lambda: make_brain(spec))
+    assert found.differs_at is None
+    assert found.commands > 10
+    assert found.compared > 10
+    other = msgspec.structs.replace(spec, reduced_ratio=0.0)
+    differs = check_replay(tmp_path, lambda: make_brain(other))
+    assert differs.differs_at is not None
+    log = tmp_path / "commands.msgpack"
+    log.write_bytes(log.read_bytes()[:-3])
+    torn = check_replay(tmp_path, lambda: make_brain(spec))
+    assert torn.differs_at is None
+    assert 0 < torn.compared <= found.compared
 
 
 def test_a_torn_journal_still_recovers(tmp_path: Path, clock: Clock) -> None:
