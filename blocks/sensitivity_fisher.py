@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PSEUDO_TOKENS = 32.0
 """Weight of the layer's mean in a block's damage for each token: as if seen so often."""
 
-EVEN_SHARE = 0.5
+EVEN_SHARE = 0.25
 """Part of the served text that is taken to use all experts evenly, since it may be of another kind
 than the calibration text. Experts that only other kinds use would else be sacrificed first."""
 
@@ -135,8 +135,8 @@ def smoothed(
 
     `sums` [L, E, F] over the text, `counts` [L, E] tokens routed. A block's damage for each routed
     token is averaged with `pseudo_tokens` tokens of its layer's mean, then taken times the blended
-    frequency: an expert that the text never used has the layer's damage at half the even use, not
-    a damage of zero.
+    frequency: an expert that the text never used has the layer's damage at a quarter of the even
+    use, not a damage of zero.
     """
     routed = np.maximum(counts.sum(axis=1, keepdims=True), 1.0)  # [L, 1]
     mean = sums.sum(axis=1, keepdims=True) / routed[..., None]  # [L, 1, F]

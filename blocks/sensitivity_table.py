@@ -133,10 +133,8 @@ def read_table(path: str | Path, *, checkpoint: str) -> SensitivityTable:
 
 def shorten(values: Floats) -> Floats:
     """Round to the digits of the file, so that a table in memory equals the one that is read."""
-    with np.errstate(divide="ignore"):
-        scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.where(values > 0, values, 1.0))))
-    rounded: Floats = np.round(values * scale) / scale
-    return rounded
+    short = [float(f"{value:.{_DIGITS}g}") for value in values.ravel().tolist()]
+    return np.array(short, dtype=np.float64).reshape(values.shape)
 
 
 def _wrong(table: SensitivityTable) -> str:

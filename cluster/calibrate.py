@@ -1,17 +1,13 @@
-"""`hotset calibrate`: measures how much each format costs in each block, and writes the file.
+"""Calibration, composed: `blocks.calibrate` measures, `policies.allocate` chooses mixes to check.
 
-Parses, composes and prints: `blocks.calibrate` measures, `policies.allocate` chooses. Must not know
-Ray. `costs_of` and `meter_of` turn a file into what policies decide on.
+Also turns a sensitivity file into what policies decide on: `costs_of`, `meter_of`, `mix_within`.
+Must not know Ray.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from hotset.errors import ConfigError
 from hotset.policies.allocate import Costs, allocate, caps
@@ -19,6 +15,7 @@ from hotset.policies.drift import Budget, DriftMeter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from hotset.blocks.sensitivity_table import SensitivityTable
     from hotset.policies.allocate import Allocation
 
-FORMATS = "fp8,int8,nf4,int4,int3,int2"
 _UNITS = {"s": 1, "min": 60, "h": 3600}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 
@@ -136,7 +132,7 @@ def _sizes(meter: KLMeter, formats: tuple[str, ...]) -> tuple[int, ...]:
     return (meter.catalog.block_nbytes, *(meter.nbytes(form) for form in formats))
 
 
-def _formats(text: str) -> tuple[str, ...]:
+def lossy_formats(text: str) -> tuple[str, ...]:
     """Lossy formats to measure. Raises ConfigError."""
     from hotset.blocks.formats import CODECS
     from hotset.policies.allocate import is_lossless
@@ -186,82 +182,8 @@ def render(table: SensitivityTable, *, nats: float) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    click.echo(f"hotset: {text}", err=True)
-
-
-@click.command("calibrate")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of a Mixture-of-Experts model",
-)
-@click.option(
-    "--text",
-    "text",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="text file of the kind that will be served; several may be given",
-)
-@click.option(
-    "--budget", "duration", default="10min", show_default=True, help="time: 90s, 10min or 1h"
-)
-@click.option(
-    "--nats",
-    type=click.FloatRange(min=0, min_open=True),
-    default=Budget().nats,
-    show_default=True,
-    help="quality budget near which the mixes are checked: mean KL in nats a token",
-)
-@click.option("--formats", default=FORMATS, show_default=True, help="formats to measure")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default=Path("sensitivity.json"),
-    show_default=True,
-    help="file to write; it serves this checkpoint only",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="order of text, draws")
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="compute threads"
-)
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
-def calibrate_command(  # noqa: PLR0913 - one option each
-    *,
-    model: Path,
-    text: tuple[Path, ...],
-    duration: str,
-    nats: float,
-    formats: str,
-    out: Path,
-    seed: int,
-    threads: int,
-    as_json: bool,
-) -> None:
-    """Measure what each format costs in each expert, in nats of KL."""
-    from hotset.blocks.sensitivity_table import write_table
-
-    table = run_calibrate(
-        model,
-        text=text,
-        formats=_formats(formats),
-        budget_nats=nats,
-        time_ns=parse_duration_ns(duration),
-        seed=seed,
-        threads=threads,
-        say=(lambda _text: None) if as_json else _say,
-    )
-    write_table(table, out)
-    if as_json:
-        click.echo(json.dumps(_summary(table, out=out, nats=nats)))
-        return
-    click.echo(render(table, nats=nats))
-    _say(f"wrote {out}")
-
-
-def _summary(table: SensitivityTable, *, out: Path, nats: float) -> dict[str, Any]:
+def summary(table: SensitivityTable, *, out: Path, nats: float) -> dict[str, Any]:
+    """What `hotset calibrate --json` prints."""
     mix = mix_within(table, nats=nats)
     full = len(table.layers) * table.num_experts * table.full_nbytes
     return {

@@ -13,8 +13,7 @@ from typing import Any
 import click
 
 from hotset import __version__
-from hotset.cluster.bench_mix import bench_mix_command
-from hotset.cluster.calibrate import calibrate_command
+from hotset.cluster.calibrate_commands import bench_mix_command, calibrate_command
 from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hotset.policies.allocate import EXPERT_CAP_RATIO, LAYER_CAP_RATIO, is_lossless
+from hotset.policies.guard import BUDGET_NATS
 from hotset.policies.types import BlockId, Format
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Budget:
     much sums of estimates are taken to be optimistic. The caps are shares of `nats`.
     """
 
-    nats: float = 0.002
+    nats: float = BUDGET_NATS
     gamma: float = 3.0
     margin_ratio: float = 0.9
     layer_cap_ratio: float = LAYER_CAP_RATIO

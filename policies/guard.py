@@ -33,6 +33,14 @@ QUALITY: Mapping[Format, int] = {
 }
 """How close a format is to the checkpoint's precision; `bf16z` is lossless, so it equals `bf16`."""
 
+BUDGET_NATS = 0.002
+"""Quality budget unless told otherwise: mean KL in nats a token."""
+LOSSY = tuple(
+    str(form)
+    for form in (Format.FP8, Format.INT8, Format.NF4, Format.INT4, Format.INT3, Format.INT2)
+)
+"""Formats that calibration measures unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
