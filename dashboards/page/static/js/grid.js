@@ -10,7 +10,7 @@ export class Grid {
   constructor(canvas, box) {
     this.canvas = canvas;
     this.box = box;
-    this.context = canvas.getContext("2d");
+    this.context = canvas.getContext("2d", { alpha: false });
     this.pixels = document.createElement("canvas");
     this.model = null;
     this.view = "best";
@@ -39,12 +39,14 @@ export class Grid {
     this.words = new Uint32Array(
       bytes.map(([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0),
     );
-    this.letters = bytes.map(([r, g, b]) => (0.3 * r + 0.59 * g + 0.11 * b > 130 ? "#000" : "#fff"));
+    this.byCell = {};
+    this.letters = bytes.map((colour) => (luminance(colour) > 0.179 ? "#000" : "#fff"));
     this.invalidate();
   }
 
   setModel(model) {
     this.model = model;
+    this.byCell = {};
     this.cursor = { store: 0, row: 0, expert: 0 };
     this.invalidate();
   }
@@ -135,13 +137,33 @@ export class Grid {
       this.painted = new Uint32Array(this.image.data.buffer);
       this.kinds = new Uint8Array(model.blocks);
     }
-    const { painted, words, kinds } = this;
+    const { painted } = this;
     shown.forEach((store, tile) => {
-      model.kindsOf(store, kinds);
       const from = tile * model.blocks;
-      for (let i = 0; i < kinds.length; i += 1) painted[from + i] = words[kinds[i]];
+      if (store === "best") {
+        model.kindsOf(store, this.kinds);
+        for (let i = 0; i < model.blocks; i += 1) painted[i] = this.words[this.kinds[i]];
+        return;
+      }
+      // Straight from cell to colour: with many stores this loop is most of a frame.
+      const colours = this.#coloursOf(model.stores[store].tier);
+      const { cells } = model;
+      const first = store * model.blocks;
+      for (let i = 0; i < model.blocks; i += 1) painted[from + i] = colours[cells[first + i]];
     });
     this.pixels.getContext("2d").putImageData(this.image, 0, 0);
+  }
+
+  // Colour of each possible cell in a tier.
+  #coloursOf(tier) {
+    if (!this.byCell[tier]) {
+      const table = new Uint32Array(1 << 16);
+      this.model.kinds[tier].forEach((kind, bits) => {
+        table[bits] = this.words[kind];
+      });
+      this.byCell[tier] = table;
+    }
+    return this.byCell[tier];
   }
 
   // Lines between cells, and letters where they fit, so that colour is never alone.
@@ -268,4 +290,13 @@ export class Grid {
 function rgb(text) {
   const hex = text.replace("#", "");
   return [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16));
+}
+
+// Relative luminance by WCAG; above 0.179 black has more contrast than white.
+function luminance(colour) {
+  const [r, g, b] = colour.map((byte) => {
+    const part = byte / 255;
+    return part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }

@@ -8,11 +8,12 @@ import * as panels from "./panels.js";
 import { choices, time } from "./text.js";
 
 const LISTS_MS = 250; // lists are rewritten at most this often; the picture with each moment
+const LISTS_SHARE = 0.1; // and take at most this share of the time
 const STEPS = 1000;
 const $ = (id) => document.getElementById(id);
 
 const state = { model: null, follow: true, offset: null, playing: false, plan: null, spanNs: 0,
-  listsAt: 0, listsDue: 0, trouble: "", askedWhy: null };
+  listsAt: 0, listsDue: 0, listsMs: 0, trouble: "", askedWhy: null };
 const grid = new Grid($("grid"), $("gridbox"));
 const charts = new Charts($("stall"), $("moved"), $("stallsays"));
 
@@ -70,8 +71,9 @@ function shownStore() {
 // Everything but the picture, now or soon.
 function lists() {
   const now = performance.now();
-  if (now - state.listsAt < LISTS_MS) {
-    if (!state.listsDue) state.listsDue = setTimeout(lists, LISTS_MS);
+  const pause = Math.max(LISTS_MS, state.listsMs / LISTS_SHARE);
+  if (now - state.listsAt < pause) {
+    if (!state.listsDue) state.listsDue = setTimeout(lists, pause - (now - state.listsAt) + 1);
     return;
   }
   clearTimeout(state.listsDue);
@@ -96,6 +98,7 @@ function lists() {
   const emulated = moment.emulated.join("; ");
   $("emulated").textContent = emulated && `EMULATED: ${emulated}`;
   $("emulated").hidden = !emulated;
+  state.listsMs = performance.now() - now;
 }
 
 function table() {

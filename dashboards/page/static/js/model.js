@@ -79,6 +79,17 @@ export class Model {
     return out;
   }
 
+  // Add the number of cells of each kind to `counts`.
+  count(shown, counts) {
+    if (shown === "best") {
+      for (const kind of this.kindsOf(shown, new Uint8Array(this.blocks))) counts[kind] += 1;
+      return;
+    }
+    const table = this.kinds[this.stores[shown].tier];
+    const from = shown * this.blocks;
+    for (let i = 0; i < this.blocks; i += 1) counts[table[this.cells[from + i]]] += 1;
+  }
+
   kindAt(shown, row, expert) {
     const place = row * this.experts + expert;
     if (shown !== "best") {

@@ -109,11 +109,7 @@ export function why(message) {
 
 export function legend(model, shown) {
   const counts = new Array(KINDS.length).fill(0);
-  const kinds = new Uint8Array(model.blocks);
-  for (const store of shown) {
-    model.kindsOf(store, kinds);
-    for (let i = 0; i < kinds.length; i += 1) counts[kinds[i]] += 1;
-  }
+  for (const store of shown) model.count(store, counts);
   const many = shown.length > 1 || shown[0] !== "best";
   $("legend").replaceChildren(...KINDS.flatMap((kind, place) => {
     if (!counts[place]) return [];
