@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hotset.transport.slab import Slab
 
-RETRY_NS: Final = 5_000_000_000  # longer than a cluster needs to strike off a dead store
+RETRY_NS: Final = 15_000_000_000  # a cluster strikes off a dead store, or starts it anew, sooner
 MOST_DOUBLINGS: Final = 4
 CLOSING_TURNS: Final = 20
 JUDGED_BYTES: Final = 256 << 10  # of a post that shows whether reads from a peer copy in the call
