@@ -1,0 +1,109 @@
+"""What a simulation is made of: stores, links and faults, and the totals that come out.
+
+Decides nothing. Must not know how a simulation runs. `slot_bytes` is what a block occupies in the
+brain's books and in a policy's, so that both count alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hotset.policies.config import PolicyConfig
+from hotset.policies.types import Tier  # noqa: TC001 - dataclasses of a configuration
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotset.policies.linkmodel import LinkSpec
+    from hotset.policies.plan import ResidencyPolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierSpec:
+    """A tier's link, and what a read of it costs beside the link."""
+
+    link: LinkSpec
+    overhead_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSpec:
+    """A store of the simulated cluster; `slots` are full blocks."""
+
+    name: str
+    tier: Tier
+    node: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A store dies at `at_ns` and comes back empty `back_ns` later (0: never)."""
+
+    at_ns: int
+    store: str
+    back_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSpec:
+    """What is simulated; `layer_ns[row]` is compute of a layer, dense part included."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    block_bytes: int
+    stores: tuple[StoreSpec, ...]
+    tiers: dict[Tier, TierSpec]
+    layer_ns: tuple[int, ...]
+    dispatch_ns: int = 0  # round trip of tokens to a peer and its compute; 0: tokens stay
+    report_ns: int = 200_000_000
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class SimScore:
+    """Totals of a run; times are ns."""
+
+    steps: int = 0
+    step_ns: int = 0
+    stall_ns: int = 0
+    hits: int = 0
+    needs: int = 0
+    fetched: dict[str, int] = field(default_factory=dict)  # tier -> demand fetches
+    dispatched: int = 0
+    prefetched: int = 0
+    moved_bytes: int = 0
+    commands: int = 0
+    events: int = 0
+    end_ns: int = 0
+    lost: int = 0
+
+
+@dataclass(slots=True)
+class SimWorker:
+    """A worker's place in its tokens, and what it waits for."""
+
+    name: str
+    policy: ResidencyPolicy
+    visits: Sequence[Sequence[Sequence[int]]]  # [token][row] -> experts
+    at: int = 0
+    row: int = 0
+    began_ns: int = 0
+    step_began_ns: int = 0
+    step_stall_ns: int = 0
+    waiting: set[int] = field(default_factory=set)
+    unclaimed: list[int] = field(default_factory=list)
+    prefetching: int = 0
+    coming: dict[int, int] = field(default_factory=dict)  # flat -> flight
+    counts: dict[int, int] = field(default_factory=dict)
+    steps_told: int = 0
+    told_ns: int = 0
+    alive: bool = True
+
+
+def slot_bytes(spec: ClusterSpec, config: PolicyConfig | None = None) -> int:
+    """Bytes of a slot: a block's payload, aligned, with its header."""
+    sizes = config or PolicyConfig()
+    align = sizes.slot_align_bytes
+    return -(-spec.block_bytes // align) * align + sizes.slot_header_bytes
