@@ -104,21 +104,21 @@ def decode_fp8_columns(values: Any, scales: Any, out: Bits) -> None:
 
 @compiled
 def _table(levels: Any, scale: Any, table: Bits) -> None:
-    """Fill the first lanes of `table` with the levels of one group."""
+    """Fill the first places of `table` with the levels of one group."""
     for level in range(levels.size):
         table[level] = rounded(levels[level] * scale)
 
 
 @compiled
 def decode4(packed: Bytes, scales: Any, levels: Any, out: Bits) -> int:
-    """4 bits: whole groups; gives how many weights were written."""
+    """4 bits, 16 levels: whole groups; gives how many weights were written."""
     table = np.zeros(32, np.uint16)
     groups = out.size // GROUP
     for group in range(groups):
-        _table(levels, widened(scales[group]), table)
         if PERMUTES:
-            permute4(packed, group * 32, table, out, group * GROUP)
+            permute4(packed, group * 32, levels, widened(scales[group]), out, group * GROUP)
         else:
+            _table(levels, widened(scales[group]), table)
             for j in range(32):
                 code = packed[group * 32 + j]
                 out[group * GROUP + j] = table[code & np.uint8(15)]
@@ -128,14 +128,14 @@ def decode4(packed: Bytes, scales: Any, levels: Any, out: Bits) -> int:
 
 @compiled
 def decode3(packed: Bytes, scales: Any, levels: Any, out: Bits) -> int:
-    """3 bits, as `decode4`."""
+    """3 bits, as `decode4`; the levels are filled up to 16."""
     table = np.zeros(32, np.uint16)
     groups = out.size // GROUP
     for group in range(groups):
-        _table(levels, widened(scales[group]), table)
         if PERMUTES:
-            permute3(packed, group * 24, table, out, group * GROUP)
+            permute3(packed, group * 24, levels, widened(scales[group]), out, group * GROUP)
         else:
+            _table(levels, widened(scales[group]), table)
             low, high = group * 24, group * 24 + 16
             for i in range(GROUP):
                 two = packed[low + i % 16] >> np.uint8(2 * (i // 16)) & np.uint8(3)
@@ -146,14 +146,14 @@ def decode3(packed: Bytes, scales: Any, levels: Any, out: Bits) -> int:
 
 @compiled
 def decode2(packed: Bytes, scales: Any, levels: Any, out: Bits) -> int:
-    """2 bits, as `decode4`."""
+    """2 bits, as `decode3`."""
     table = np.zeros(32, np.uint16)
     groups = out.size // GROUP
     for group in range(groups):
-        _table(levels, widened(scales[group]), table)
         if PERMUTES:
-            permute2(packed, group * 16, table, out, group * GROUP)
+            permute2(packed, group * 16, levels, widened(scales[group]), out, group * GROUP)
         else:
+            _table(levels, widened(scales[group]), table)
             for i in range(GROUP):
                 code = packed[group * 16 + i % 16] >> np.uint8(2 * (i // 16)) & np.uint8(3)
                 out[group * GROUP + i] = table[code]

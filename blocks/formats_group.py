@@ -78,6 +78,8 @@ class GroupCodec(SectionCodec):
         self.name = name
         self.bits = bits
         self.levels = np.array(levels, dtype=np.float32)
+        self.filled = np.zeros(16, dtype=np.float32)
+        self.filled[: len(self.levels)] = self.levels
         self.middles = (self.levels[1:] + self.levels[:-1]) / np.float32(2)
         self.linear = bool((np.diff(self.levels) == 1).all())
         self.top = -float(self.levels[0])
@@ -190,7 +192,7 @@ class GroupCodec(SectionCodec):
             done = 0
             if has_kernel(layout, body):
                 kernel = getattr(formats_decode, f"decode{self.bits}")
-                done = kernel(codes.numpy(), as_bits(scales), self.levels, as_bits(target.view(-1)))
+                done = kernel(codes.numpy(), as_bits(scales), self.filled, as_bits(target.view(-1)))
             if done < target.numel():
                 self._decode_rest(codes, scales, layout, target.view(-1), done=done)
 

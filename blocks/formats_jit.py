@@ -11,7 +11,7 @@ numba keeps compiled code on disk by the date of the function's own file. What i
 kernels of other files, so the source of this file is part of their stamp.
 """
 
-# ruff: noqa: ARG001 - an intrinsic names arguments that only its emitted code reads
+# ruff: noqa: ARG001, PLR0913, PLR0917 - an intrinsic names, by place, what only its code reads
 
 from __future__ import annotations
 
@@ -180,32 +180,49 @@ if COMPILED:
             found.append(builder.or_(part, high))
         return found
 
-    def _permuting(bits: Any) -> Any:
-        """Make the function that writes the 64 weights of a group from its 32-entry table."""
+    def _scaled_levels(builder: Any, address: Any, scale: Any) -> Any:
+        """32 lanes of bfloat16: the 16 levels at `address` times `scale`, then again.
+
+        They never leave the registers: a table in memory would be read back only after all stores
+        before it have reached the cache.
+        """
+        kind, whole = ir.VectorType(ir.FloatType(), 16), ir.IntType(32)
+        levels = builder.load(builder.bitcast(address, kind.as_pointer()), align=4)
+        none = ir.Constant(kind, ir.Undefined)
+        first = builder.insert_element(none, scale, ir.Constant(whole, 0))
+        scales = builder.shuffle_vector(first, none, _vector([0] * 16, whole))
+        bits = builder.bitcast(builder.fmul(levels, scales), ir.VectorType(whole, 16))
+        half = _vector([16] * 16, whole)
+        odd = builder.and_(builder.lshr(bits, half), _vector([1] * 16, whole))
+        raised = builder.add(builder.add(bits, _vector([0x7FFF] * 16, whole)), odd)
+        short = builder.trunc(builder.lshr(raised, half), ir.VectorType(ir.IntType(16), 16))
+        lanes = _vector([lane % 16 for lane in range(32)], whole)
+        return builder.shuffle_vector(short, ir.Constant(short.type, ir.Undefined), lanes)
+
+    def _permuting(bits: int) -> Any:
+        """Make the function that writes the 64 weights of a group from 16 levels and its scale."""
 
         @_emitted
-        def permute(_context: Any, packed: Any, at: Any, table: Any, out: Any, to: Any) -> Any:
-            signature = types.void(packed, types.int64, table, out, types.int64)
+        def permute(
+            _context: Any, packed: Any, at: Any, levels: Any, scale: Any, out: Any, to: Any
+        ) -> Any:
+            signature = types.void(packed, types.int64, levels, types.float32, out, types.int64)
 
             def emit(target: Any, builder: Any, signature: Any, args: Any) -> Any:
                 arrays = [
-                    target.make_array(kind)(target, builder, value).data
-                    for kind, value in (
-                        (signature.args[0], args[0]),
-                        (signature.args[2], args[2]),
-                        (signature.args[3], args[3]),
-                    )
+                    target.make_array(signature.args[i])(target, builder, args[i]).data
+                    for i in (0, 2, 4)
                 ]
                 lanes = ir.VectorType(ir.IntType(16), 32)
                 permvar = builder.module.declare_intrinsic(
                     "llvm.x86.avx512.permvar.hi.512", fnty=ir.FunctionType(lanes, [lanes, lanes])
                 )
                 source = builder.gep(arrays[0], [args[1]])
-                levels = builder.load(builder.bitcast(arrays[1], lanes.as_pointer()), align=2)
+                table = _scaled_levels(builder, arrays[1], args[3])
                 for half, codes in enumerate(_codes(builder, source, bits)):
-                    place = builder.add(args[4], ir.Constant(ir.IntType(64), 32 * half))
+                    place = builder.add(args[5], ir.Constant(ir.IntType(64), 32 * half))
                     goal = builder.bitcast(builder.gep(arrays[2], [place]), lanes.as_pointer())
-                    builder.store(builder.call(permvar, [levels, codes]), goal, align=2)
+                    builder.store(builder.call(permvar, [table, codes]), goal, align=2)
                 return target.get_dummy_value()
 
             return signature, emit

@@ -15,6 +15,7 @@ import click
 from hotset import __version__
 from hotset.cluster.calibrate_commands import bench_mix_command, calibrate_command
 from hotset.cluster.dashboard import dashboard_command
+from hotset.cluster.formats_command import bench_formats_command
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay
 from hotset.errors import HotsetError
@@ -357,6 +358,7 @@ def doctor(*, as_json: bool) -> None:
 
 
 bench.add_command(bench_planner_command)
+bench.add_command(bench_formats_command)
 bench.add_command(bench_mix_command)
 main.add_command(dashboard_command)
 
