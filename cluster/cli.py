@@ -16,8 +16,10 @@ from hotset import __version__
 from hotset.cluster.calibrate_commands import bench_mix_command, calibrate_command
 from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.formats_command import bench_formats_command
+from hotset.cluster.grafana import grafana_command
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay
+from hotset.cluster.top import top_command
 from hotset.errors import HotsetError
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-moe"
@@ -361,6 +363,8 @@ bench.add_command(bench_planner_command)
 bench.add_command(bench_formats_command)
 bench.add_command(bench_mix_command)
 main.add_command(dashboard_command)
+main.add_command(grafana_command)
+main.add_command(top_command)
 
 if os.environ.get("HOTSET_DEBUG"):
     import faulthandler
