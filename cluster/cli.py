@@ -20,6 +20,7 @@ from hotset.cluster.grafana import grafana_command
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay
 from hotset.cluster.top import top_command
+from hotset.cluster.trace_commands import trace
 from hotset.errors import HotsetError
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-moe"
@@ -257,23 +258,7 @@ main.add_command(plan_command)
 main.add_command(calibrate_command)
 main.add_command(replay)
 main.add_command(analyze_routing_command)
-
-
-@main.group()
-def trace() -> None:
-    """Read recorded traces."""
-
-
-@trace.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
-def analyze(run: Path, form: str) -> None:
-    """Stall, hidden and exposed transfer time of the run recorded in folder RUN."""
-    from hotset.dashboards.trace import analyze as read
-    from hotset.dashboards.trace_text import render_text, to_json
-
-    analysis = read(run)
-    click.echo(to_json(analysis) if form == "json" else render_text(analysis))
+main.add_command(trace)
 
 
 @main.group()

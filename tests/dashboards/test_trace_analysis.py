@@ -116,7 +116,7 @@ def brute_force(found: list[Event], device: str) -> dict[str, int]:
 
 
 @given(events, st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_figures_agree_with_brute_force(
     tmp_path_factory: pytest.TempPathFactory, found: list[Event], dropped: int
 ) -> None:
@@ -183,8 +183,8 @@ def test_json_has_the_keys_that_scripts_read(stalled: Path) -> None:
         "stall_ns", "hidden_ns", "exposed_ns", "transfer_ns", "overlap_ratio", "dropped", "spans",
     }  # fmt: skip
     assert shown["total"].keys() == shown["devices"]["worker-0"].keys()
-    assert set(shown["links"]["host-0->worker-0"]) == {
-        "bytes", "busy_ns", "transfers", "bytes_per_s",
+    assert set(shown["links"]["host-0->worker-0"]) >= {
+        "bytes", "busy_ns", "transfers", "bytes_per_s", "use_ratio",
     }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_text_shows_losses_and_emulation_beside_the_figures(stalled: Path) -> No
     assert "6 spans" in lines[0]
     assert "2 dropped" in lines[0]
     assert any("EMULATED" in line and "cxl-0: paced to 28 GB/s" in line for line in lines)
-    [total] = [line.split() for line in lines if line.startswith("total")]
+    total, _window = [line.split() for line in lines if line.startswith("total")]
     assert total[1:3] == ["20", "ns"]
     assert "45.5 %" in text
     assert "every figure is a lower bound" in text
