@@ -7,15 +7,13 @@ wall time, because a machine that others use stretches only the latter.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import click
 import numpy as np
 
 from hotset.dashboards.text import table
@@ -36,7 +34,7 @@ from hotset.policies.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_EXPERTS = 256
+EXPERTS = 256
 _NBYTES = 1024
 _SLOT = 1088
 _TICK_NS = 10_000_000_000
@@ -61,12 +59,12 @@ class BrainRow:
 
 def measure(blocks: int, *, repeat: int, seed: int = 1) -> BrainRow:
     """Fill a brain with so many blocks (rounded to whole layers) and time its events."""
-    layers = max(1, round(blocks / _EXPERTS))
-    size = layers * _EXPERTS
+    layers = max(1, round(blocks / EXPERTS))
+    size = layers * EXPERTS
     infos = [
         BlockInfo(block=BlockId(layer, index), nbytes=_NBYTES, reduced_nbytes=_NBYTES // 2)
         for layer in range(layers)
-        for index in range(_EXPERTS)
+        for index in range(EXPERTS)
     ]
     config = PolicyConfig(min_dwell_ns=0, cool_down_ns=0, bytes_per_tick=64 * _SLOT)
     brain = ClusterBrain(infos, config=config)
@@ -155,31 +153,3 @@ def render(rows: list[BrainRow]) -> str:
     machine = f"{platform.processor() or platform.machine()}, Python {platform.python_version()}"
     note = f"numpy {np.__version__}; medians, spread is largest by smallest"
     return f"{machine}, {note}\n" + "\n".join(table(head, lines))
-
-
-@click.command("brain")
-@click.option(
-    "--blocks",
-    default="15000,60000,250000,1000000",
-    show_default=True,
-    metavar="N,...",
-    help="numbers of blocks",
-)
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=7,
-    show_default=True,
-    help="ticks at each size; the median is printed",
-)
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
-def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
-    """Time of the brain's tick over many blocks, next to its bounds."""
-    try:
-        sizes = [int(part) for part in blocks.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{blocks!r} is not N,N,...", param_hint="--blocks") from None
-    if min(sizes) < _EXPERTS:
-        raise click.BadParameter(f"at least {_EXPERTS} blocks", param_hint="--blocks")
-    rows = [measure(size, repeat=repeat) for size in sizes]
-    click.echo(json.dumps([asdict(row) for row in rows]) if as_json else render(rows))

@@ -13,6 +13,12 @@ from typing import Any
 import click
 
 from hotset import __version__
+from hotset.cluster.brain_commands import (
+    bench_brain_command,
+    bench_simulate_command,
+    record_command,
+    simulate_command,
+)
 from hotset.cluster.calibrate_commands import bench_mix_command, calibrate_command
 from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.formats_command import bench_formats_command
@@ -258,6 +264,8 @@ main.add_command(plan_command)
 main.add_command(calibrate_command)
 main.add_command(replay)
 main.add_command(analyze_routing_command)
+main.add_command(record_command)
+main.add_command(simulate_command)
 main.add_command(trace)
 
 
@@ -345,6 +353,8 @@ def doctor(*, as_json: bool) -> None:
 
 
 bench.add_command(bench_planner_command)
+bench.add_command(bench_brain_command)
+bench.add_command(bench_simulate_command)
 bench.add_command(bench_formats_command)
 bench.add_command(bench_mix_command)
 main.add_command(dashboard_command)

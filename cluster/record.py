@@ -6,18 +6,16 @@ read. Decides nothing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 
 from hotset.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -113,87 +111,3 @@ def run_record(  # noqa: PLR0913 - one argument for each option of the command
         "file": str(out), "tokens": tokens, "layers": layers, "top_k": top_k,
         "num_experts": num_experts, "sequences": len(np.unique(routing.seq)),
     }  # fmt: skip
-
-
-def _say(text: str) -> None:
-    click.echo(f"hotset: {text}", err=True)
-
-
-@click.command("record")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help="Hugging Face directory of a Mixture-of-Experts model; default: the demo model",
-)
-@click.option(
-    "--prompt",
-    "prompts",
-    multiple=True,
-    required=True,
-    help="text to continue; each prompt is one sequence of the recording",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="the .npz file to write",
-)
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    help="most tokens to generate for each prompt",
-)
-@click.option("--workers", type=int, default=1, show_default=True, help="GPU workers")
-@click.option(
-    "--hbm-ratio",
-    type=float,
-    default=0.3,
-    show_default=True,
-    help="share of all experts that one worker's fast memory holds",
-)
-@click.option("--policy", default="hotset", show_default=True, help="residency policy")
-@click.option("--transport", default="nixl", show_default=True, help="as for `hotset generate`")
-@click.option(
-    "--address",
-    envvar="RAY_ADDRESS",
-    help="Ray cluster to use; without it a local one is started",
-)
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
-def record_command(  # noqa: PLR0913 - one option each
-    *,
-    model: Path | None,
-    prompts: tuple[str, ...],
-    out: Path,
-    max_new_tokens: int,
-    workers: int,
-    hbm_ratio: float,
-    policy: str,
-    transport: str,
-    address: str | None,
-    as_json: bool,
-) -> None:
-    """Serve prompts and write which experts each token used, for `hotset replay`."""
-    from hotset.cluster.cli import DEMO_MODEL
-    from hotset.cluster.config import RunConfig
-
-    config = RunConfig.build(
-        model=model or DEMO_MODEL, workers=workers, hbm_ratio=hbm_ratio, policy=policy,
-        transport=transport, record=True,
-    )  # fmt: skip
-    written = run_record(
-        config,
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        out=out,
-        address=address,
-        say=(lambda _text: None) if as_json else _say,
-    )
-    if as_json:
-        click.echo(json.dumps(written))
-        return
-    click.echo(
-        f"{written['tokens']} tokens of {written['sequences']} sequences, {written['layers']} "
-        f"layers, top {written['top_k']} of {written['num_experts']}: {written['file']}"
-    )

@@ -7,10 +7,10 @@ brain's books and in a policy's, so that both count alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hotset.policies.config import PolicyConfig
-from hotset.policies.types import Tier  # noqa: TC001 - dataclasses of a configuration
+from hotset.policies.types import Reason, Tier  # noqa: TC001 - fields of named tuples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,6 +80,15 @@ class SimScore:
     lost: int = 0
 
 
+class SimFlight(NamedTuple):
+    """A read on its way."""
+
+    reader: str
+    flat: int
+    source: str
+    reason: Reason
+
+
 @dataclass(slots=True)
 class SimWorker:
     """A worker's place in its tokens, and what it waits for."""
@@ -95,6 +104,8 @@ class SimWorker:
     waiting: set[int] = field(default_factory=set)
     unclaimed: list[int] = field(default_factory=list)
     prefetching: int = 0
+    fetches: float = 0.0  # moving averages over layers
+    layer_ns: float = 0.0
     coming: dict[int, int] = field(default_factory=dict)  # flat -> flight
     counts: dict[int, int] = field(default_factory=dict)
     steps_told: int = 0

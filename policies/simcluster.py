@@ -1,0 +1,278 @@
+"""The stores and links of a simulated cluster, and the brain's commands carried out on them.
+
+Decides nothing: a read goes to the cheapest store that holds the block, a command is done as asked.
+Must not know what a worker computes. `simulate` adds the workers, time and faults.
+
+Invariants: a transfer ends once; the brain hears of each end; links never serve two reads at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+from hotset.policies.brain import ClusterBrain
+from hotset.policies.schedule import LinkSchedule, ScheduleConfig, service_of
+from hotset.policies.simspec import (
+    ClusterSpec,
+    SimFlight,
+    SimScore,
+    SimWorker,
+    StoreSpec,
+    slot_bytes,
+)
+from hotset.policies.types import (
+    STORAGE,
+    BlockId,
+    BlockInfo,
+    CancelTransfer,
+    ChangeFormat,
+    Copy,
+    CopyDropped,
+    CopyLanded,
+    DropCopy,
+    Format,
+    Reason,
+    StartTransfer,
+    State,
+    StoreInfo,
+    StoreJoined,
+    Tier,
+    TransferFailed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hotset.policies.config import PolicyConfig
+    from hotset.policies.plan import ResidencyPolicy
+    from hotset.policies.types import Command, Event
+
+
+class SimCluster:
+    """Stores, links, the brain and an agenda of what will happen."""
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        *,
+        policies: Callable[[StoreSpec], ResidencyPolicy],
+        visits: Mapping[str, Sequence[Sequence[Sequence[int]]]],
+        config: PolicyConfig | None = None,
+        skip_steps: int = 0,
+    ) -> None:
+        """`visits[worker][token][row]` are experts; the first `skip_steps` are not scored."""
+        self.spec = spec
+        self.score = SimScore()
+        self.now_ns = 1
+        self._skip = skip_steps
+        self._layers, self._size = spec.layers, spec.num_experts
+        self._rows = {layer: row for row, layer in enumerate(spec.layers)}
+        half = max(1, spec.block_bytes // 2)
+        infos = [
+            BlockInfo(block=BlockId(layer, index), nbytes=spec.block_bytes, reduced_nbytes=half)
+            for layer in spec.layers
+            for index in range(spec.num_experts)
+        ]
+        self.brain = ClusterBrain(infos, config=config)
+        self._slot_bytes = slot_bytes(spec, self.brain.config)
+        self._specs = {store.name: store for store in spec.stores}
+        chunks = ScheduleConfig(chunk_bytes=max(1 << 20, spec.block_bytes // 8))
+        self._links = {
+            name: LinkSchedule(spec.tiers[tier].link, config=chunks)
+            for name, tier in (
+                *((store.name, store.tier) for store in spec.stores),
+                *((f"{STORAGE}@{node}", Tier.STORAGE) for node in {s.node for s in spec.stores}),
+            )
+        }
+        used = {store.tier for store in spec.stores} | {Tier.STORAGE}
+        self._fetch_ns = min(
+            tier.overhead_ns + tier.link.transfer_ns(spec.block_bytes)
+            for name, tier in spec.tiers.items()
+            if name in used
+        )
+        self._flights: dict[int, SimFlight] = {}
+        self._serial = 0
+        self._agenda: list[tuple[int, int, str, object]] = []
+        self._wakes: dict[str, int] = {}
+        self._incarnation: dict[str, int] = {}
+        self._generation = 0
+        self._warm = True
+        self._workers = {
+            store.name: SimWorker(store.name, policies(store), visits[store.name])
+            for store in spec.stores
+            if store.name in visits
+        }
+        self._running = len(self._workers)
+
+    def _at(self, at_ns: int, kind: str, what: object) -> None:
+        self._serial += 1
+        heapq.heappush(self._agenda, (at_ns, self._serial, kind, what))
+
+    # --- links ----------------------------------------------------------------------------------
+
+    def _send(
+        self, reader: str, flat: int, source: str, *, reason: Reason, worker: SimWorker | None
+    ) -> None:
+        self._serial += 1
+        number = self._serial
+        self._flights[number] = SimFlight(reader, flat, source, reason)
+        if worker is not None:
+            worker.coming[flat] = number
+        self._advance(source)
+        link = self._links[source]
+        link.add(number, service_of(reason), nbytes=self.spec.block_bytes, now_ns=self.now_ns)
+        self._wake(source)
+
+    def _advance(self, name: str) -> None:
+        overhead_ns = self.spec.tiers[self._tier(name)].overhead_ns
+        while (landing := self._links[name].advance(self.now_ns)) is not None:
+            self._at(max(self.now_ns, landing.at_ns + overhead_ns), "landed", landing.key)
+
+    def _run_link(self, name: str) -> None:
+        if self._wakes.get(name) == self.now_ns:
+            del self._wakes[name]
+        self._advance(name)
+        self._wake(name)
+
+    def _wake(self, name: str) -> None:
+        at_ns = self._links[name].next_landing_ns()
+        if at_ns is not None and self._wakes.get(name) != at_ns:
+            self._wakes[name] = max(at_ns, self.now_ns)
+            self._at(self._wakes[name], "link", name)
+
+    # --- where a block is -----------------------------------------------------------------------
+
+    def _block(self, flat: int) -> tuple[int, int]:
+        row, expert = divmod(flat, self._size)
+        return self._layers[row], expert
+
+    def _tier(self, source: str) -> Tier:
+        return Tier.STORAGE if source.startswith(STORAGE) else self._specs[source].tier
+
+    def _cheapest(self, reader: str, flat: int) -> str:
+        names = [f"{STORAGE}@{self._specs[reader].node}"]
+        names += [
+            copy.store
+            for copy in self.brain.copies(BlockId(*self._block(flat)))
+            if copy.store != reader and copy.format is Format.BF16
+        ]
+        return min(names, key=lambda name: (self._wait_ns(name), name))
+
+    def _wait_ns(self, source: str) -> int:
+        """Until a read that is asked for now lands, if those before it are of the same size."""
+        tier = self.spec.tiers[self._tier(source)]
+        wire_ns = tier.link.transfer_ns(self.spec.block_bytes)
+        return tier.overhead_ns + wire_ns * (1 + len(self._links[source]))
+
+    def _peer(self, reader: str, flat: int) -> str | None:
+        for copy in self.brain.copies(BlockId(*self._block(flat))):
+            if copy.store in self._workers and copy.store != reader:
+                return copy.store
+        return None
+
+    # --- the brain ------------------------------------------------------------------------------
+
+    def _join(self, store: StoreSpec) -> None:
+        incarnation = self._incarnation[store.name] = self._incarnation.get(store.name, 0) + 1
+        info = StoreInfo(
+            name=store.name, tier=store.tier, node=store.node, incarnation=incarnation,
+            capacity_bytes=store.slots * self._slot_bytes,
+        )  # fmt: skip
+        self._tell(StoreJoined(now_ns=self.now_ns, store=info))
+
+    def _tell(self, event: Event) -> None:
+        todo = list(reversed(self.brain.handle(event)))
+        while todo:
+            command = todo.pop()
+            self.score.commands += 1
+            todo += reversed(self._obey(command))
+
+    def _obey(self, command: Command) -> list[Command]:
+        match command:
+            case StartTransfer() if self._warm:
+                return self._fill(command)
+            case StartTransfer():
+                self._start(command)
+            case CancelTransfer():
+                return self._cancel(command)
+            case DropCopy() if command.store not in self._workers:
+                return self.brain.handle(self._drop_event(command.store, command.block,
+                                                          command.reason))  # fmt: skip
+            case ChangeFormat():
+                return self._refuse(command.store, command.block, command.into, Reason.STALE)
+        return []
+
+    def _fill(self, command: StartTransfer) -> list[Command]:
+        worker = self._workers.get(command.store)
+        if worker is not None:
+            at = (command.block.layer, command.block.index)
+            if not worker.policy.room(worker.policy.nbytes(Format.BF16)):
+                return self._refuse(command.store, command.block, command.format,
+                                    Reason.VETO_MEMORY)  # fmt: skip
+            worker.policy.in_flight(*at, reason=Reason.WARM)
+            worker.policy.landed(*at)
+        copy = self._copy(command.store, command.block)
+        return self.brain.handle(
+            CopyLanded(now_ns=self.now_ns, copy=copy, reason=command.reason, source=STORAGE)
+        )
+
+    def _start(self, command: StartTransfer) -> None:
+        flat = self._rows[command.block.layer] * self._size + command.block.index
+        worker = self._workers.get(command.store)
+        state = (
+            worker.policy.state(command.block.layer, command.block.index)
+            if worker is not None
+            else State.STORED
+        )
+        if worker is not None and (
+            state not in {State.STORED, State.STAGED}
+            or not worker.policy.room(worker.policy.nbytes(Format.BF16))
+        ):
+            return  # it manages its own memory: the claim runs out
+        if worker is not None:
+            worker.policy.in_flight(command.block.layer, command.block.index, reason=Reason.WARM)
+        first = command.sources[0]
+        source = f"{STORAGE}@{self._specs[command.store].node}" if first == STORAGE else first
+        self._send(command.store, flat, source, reason=command.reason, worker=worker)
+
+    def _cancel(self, command: CancelTransfer) -> list[Command]:
+        flat = self._rows[command.block.layer] * self._size + command.block.index
+        for number, flight in self._flights.items():
+            if (flight.reader, flight.flat) == (command.store, flat):
+                self._advance(flight.source)
+                if command.store not in self._workers and self._links[flight.source].cancel(number):
+                    del self._flights[number]
+                    return self._refuse(
+                        command.store, command.block, command.format, Reason.CANCELLED
+                    )
+                return []
+        return []
+
+    def _refuse(self, store: str, block: BlockId, form: Format, reason: Reason) -> list[Command]:
+        return self.brain.handle(
+            TransferFailed(
+                now_ns=self.now_ns, store=store, block=block, format=form, reason=reason,
+                incarnation=self._incarnation[store],
+            )
+        )  # fmt: skip
+
+    def _copy(self, store: str, block: BlockId) -> Copy:
+        self._generation += 1
+        return Copy(
+            block=block, format=Format.BF16, store=store, offset=0, nbytes=self.spec.block_bytes,
+            generation=self._generation, checksum=1, incarnation=self._incarnation[store],
+        )  # fmt: skip
+
+    def _copied(self, store: str, block: BlockId, source: str, reason: Reason) -> None:
+        copy = self._copy(store, block)
+        self._tell(CopyLanded(now_ns=self.now_ns, copy=copy, reason=reason, source=source))
+
+    def _dropped(self, store: str, block: BlockId, reason: Reason) -> None:
+        self._tell(self._drop_event(store, block, reason))
+
+    def _drop_event(self, store: str, block: BlockId, reason: Reason) -> CopyDropped:
+        return CopyDropped(
+            now_ns=self.now_ns, store=store, block=block, format=Format.BF16, reason=reason,
+            incarnation=self._incarnation[store],
+        )  # fmt: skip
