@@ -14,7 +14,7 @@ the same token has a spread of its own size, the difference of two losses has th
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -41,6 +41,7 @@ FULL = "bf16"
 """Format of blocks that a mix does not name."""
 _CACHE_BYTES = 1 << 30  # decoded weights kept
 _REFERENCE_BYTES = 1 << 29  # log-probabilities of the reference kept
+_LOGITS_BYTES = 1 << 28  # of one pass; a large vocabulary makes batches smaller
 _BATCH_TOKENS = 2048
 
 
@@ -129,7 +130,9 @@ class KLMeter:
         self.catalog: Catalog = self.skeleton.catalog
         self.runner = MixRunner(self.catalog, cache_bytes=cache_bytes)
         self.skeleton.bind(self.runner)
-        self._batch_tokens = batch_tokens
+        vocabulary = int(self.skeleton.model.config.vocab_size)
+        fitting = _LOGITS_BYTES // (vocabulary * torch.float32.itemsize)
+        self._batch_tokens = min(batch_tokens, fitting)
         self._reference_bytes = reference_bytes
         self._references: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
@@ -172,6 +175,14 @@ class KLMeter:
         finally:
             self.runner.observer = None
 
+    def routing(self, windows: torch.Tensor) -> dict[BlockId, int]:
+        """Tokens of `windows` [W, T] that each block gets at full precision."""
+        counter = _Counter()
+        with torch.no_grad():
+            for batch in self.batches(windows):
+                self.logits(batch, observer=counter)
+        return dict(counter.counts)
+
     def batches(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Cut `windows` [W, T] into batches that one pass takes."""
         rows = max(1, self._batch_tokens // windows.shape[1])
@@ -204,6 +215,24 @@ class KLMeter:
 
     def _held(self) -> int:
         return sum(each.nbytes for each in self._references.values())
+
+
+class _Counter:
+    """Counts the experts that the routers choose."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[BlockId] = Counter()
+
+    def layer(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """As `Observer.layer`: change nothing."""
+        del hidden, weights
+        experts, counts = torch.unique(index, return_counts=True)
+        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            self.counts[BlockId(layer, expert)] += count
+        return out
 
 
 def rounded(payload: torch.Tensor, layout: BlockLayout, *, form: str) -> torch.Tensor:

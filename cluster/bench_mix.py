@@ -12,6 +12,7 @@ others held out; its reference manual is the other kind. Nothing is downloaded.
 from __future__ import annotations
 
 import itertools
+import platform
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,18 @@ import numpy as np
 
 from hotset.cluster.bench_mix_rivals import RIVALS, rival_codes
 from hotset.cluster.calibrate import (
+    budget_of,
     costs_of,
     meter_of,
     mix_within,
     run_calibrate,
+    within,
 )
 from hotset.policies.allocate import Costs, allocate, described
-from hotset.policies.drift import Budget, DriftMeter
+from hotset.policies.drift import DriftMeter
 from hotset.policies.drift_check import LiveCheck
 from hotset.policies.guard import BUDGET_NATS, LOSSY
-from hotset.policies.types import BlockId, Format
+from hotset.policies.types import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +71,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveFigures:
-    """A table of zeros on the real model: steps until the live check acted, KL before and after."""
+    """A table that is believed, on the real model: when the check acted, KL before and after."""
 
     noticed_step: int  # -1: not within the steps
     repaired_blocks: int
@@ -86,6 +89,7 @@ class MixFigures:
     optimism: float
     optimism_upper: float
     drift_nats: float
+    drift_shifted_nats: float
     mix: Point
     formats: dict[str, int]  # blocks of the mix in each format
     samples_nats: tuple[float, ...]
@@ -95,7 +99,9 @@ class MixFigures:
     frontier_shifted: tuple[Point, ...]
     floors: dict[int, str]
     vetoes: dict[str, str]  # layer and format -> the bound
-    live: LiveFigures
+    live: LiveFigures  # the measured table
+    live_zeros: LiveFigures  # a table of zeros
+    versions: dict[str, str]
 
     def part(self) -> dict[str, float]:
         """The part `mix` of `hotset bench formats --json`."""
@@ -171,20 +177,15 @@ class Bench:
         bounds = {f"{layer}:{form}": drift.check_layer(layer, form) for layer, form in asked}
         return {key: bound for key, bound in bounds.items() if bound is not None}
 
-    def zeros(self, windows: torch.Tensor) -> LiveFigures:
-        """Believe a table of zeros, serve, and let the live check find out: one token a step."""
+    def live(self, windows: torch.Tensor, *, believed: Costs) -> LiveFigures:
+        """Believe a table, serve a token a step, and let the live check find out about it."""
         drift = DriftMeter(
-            Costs(
-                formats=self.costs.formats,
-                nbytes=self.costs.nbytes,
-                nats=np.zeros_like(self.costs.nats),
-            ),
+            believed,
             layers=self.table.layers,
             frequency=self.table.use,
-            budget=Budget(nats=self.budget_nats),
+            budget=budget_of(self.table, nats=self.budget_nats),
         )
-        chosen = allocate(drift.costs, nats_at_most=self.budget_nats).codes
-        mix = self.mix_of(chosen)
+        mix = self.mix_of(within(believed, budget=drift.budget).codes)
         for block, form in mix.items():
             drift.set(block, form)
         pairs = self.meter.measure(mix, windows)
@@ -205,6 +206,14 @@ class Bench:
             repaired_blocks=repaired,
             kl_before_nats=float(kl.mean()),
             kl_after_nats=float(after.kl.mean()),
+        )
+
+    def zeros(self) -> Costs:
+        """The table's costs with every damage 0."""
+        return Costs(
+            formats=self.costs.formats,
+            nbytes=self.costs.nbytes,
+            nats=np.zeros_like(self.costs.nats),
         )
 
 
@@ -265,24 +274,25 @@ def run_bench(  # noqa: PLR0913 - one option each
     windows = own[: 8 if quick else 32]
     say("uniform formats")
     uniform = bench.uniform(windows)
-    sizes = {point.bits_per_weight for point in uniform}
+    sizes = _BITS_QUICK if quick else (*_BITS, *(point.bits_per_weight for point in uniform))
     say("frontier")
-    frontier = bench.frontier(
-        windows, bits=tuple(sorted({*sizes, *(_BITS_QUICK if quick else _BITS)}))
-    )
+    frontier = bench.frontier(windows, bits=tuple(sorted(set(sizes))))
     elsewhere = bench.frontier(other[: len(windows)], bits=_BITS_QUICK if quick else _BITS_SHIFTED)
     drift = meter_of(table, nats=budget_nats)
     for block, form in mix.items():
         drift.set(block, form)
+    drift_nats = drift.nats
+    drift.observe(meter.routing(other[: len(windows)]), tokens=other[: len(windows)].numel())
     names, counts = np.unique(allowed.codes, return_counts=True)
-    say("a table of zeros")
+    say("live check")
     found = MixFigures(
         model=model.name,
         budget_nats=budget_nats,
         gamma=drift.gamma,
         optimism=table.optimism,
         optimism_upper=table.optimism_upper,
-        drift_nats=drift.nats,
+        drift_nats=drift_nats,
+        drift_shifted_nats=drift.nats,
         mix=bench.point("hotset", allowed.codes, windows),
         formats={
             bench.costs.formats[code]: int(count)
@@ -293,9 +303,17 @@ def run_bench(  # noqa: PLR0913 - one option each
         uniform=uniform,
         frontier=tuple(frontier),
         frontier_shifted=tuple(elsewhere),
-        floors={layer: str(Format(form)) for layer, form in drift.floors().items()},
+        floors={
+            layer: str(form) for layer, form in meter_of(table, nats=budget_nats).floors().items()
+        },
         vetoes=bench.vetoes(),
-        live=bench.zeros(windows),
+        live=bench.live(windows, believed=bench.costs),
+        live_zeros=bench.live(windows, believed=bench.zeros()),
+        versions={
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "processor": platform.processor() or platform.machine(),
+        },
     )
     meter.close()
     return found

@@ -10,7 +10,7 @@ from hotset.errors import ConfigError, DependencyError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hotset.cluster.bench_mix import MixFigures, Point
+    from hotset.cluster.bench_mix import LiveFigures, MixFigures, Point
 
 _LINES = {"hotset": "o-", "edgemoe": "s--", "hobbit": "^--", "random": "x:"}
 
@@ -25,6 +25,7 @@ def render(found: MixFigures) -> str:
         _row("inside the budget", found.mix),
         f"  blocks: {', '.join(f'{count} {name}' for name, count in found.formats.items())}",
         f"  drift as the guardrail states it: {found.drift_nats:.2e} nats",
+        f"  the same after text of another kind: {found.drift_shifted_nats:.2e} nats",
         _samples("held-out text", found.samples_nats, budget=budget),
         _samples("text of another kind", found.shifted_nats, budget=budget),
         "",
@@ -41,7 +42,9 @@ def render(found: MixFigures) -> str:
         + ", ".join(f"{layer}:{form}" for layer, form in found.floors.items()),
         *(f"  vetoed {key}: {bound}" for key, bound in found.vetoes.items()),
         "",
-        _live(found),
+        _live("the measured table", found.live),
+        _live("a table of zeros", found.live_zeros),
+        ", ".join(f"{key} {value}" for key, value in found.versions.items()),
     ]
     return "\n".join(lines)
 
@@ -61,12 +64,11 @@ def _samples(name: str, nats: tuple[float, ...], *, budget: float) -> str:
     )
 
 
-def _live(found: MixFigures) -> str:
-    live = found.live
+def _live(name: str, live: LiveFigures) -> str:
     if live.noticed_step < 0:
-        return "a table of zeros: NOT noticed by the live check"
+        return f"live check, {name}: no alarm, KL {live.kl_before_nats:.2e} nats"
     return (
-        f"a table of zeros: noticed at step {live.noticed_step}, {live.repaired_blocks} blocks "
+        f"live check, {name}: alarm at step {live.noticed_step}, {live.repaired_blocks} blocks "
         f"repaired, KL {live.kl_before_nats:.2e} -> {live.kl_after_nats:.2e} nats"
     )
 

@@ -58,11 +58,15 @@ def meter_of(table: SensitivityTable, *, nats: float) -> DriftMeter:
 
 def mix_within(table: SensitivityTable, *, nats: float) -> Allocation:
     """The fewest bytes whose drift, as `DriftMeter` states it, stays inside a budget of `nats`."""
-    budget = budget_of(table, nats=nats)
-    layer_cap, expert_cap = caps(nats, gamma=budget.gamma)
+    return within(costs_of(table), budget=budget_of(table, nats=nats))
+
+
+def within(costs: Costs, *, budget: Budget) -> Allocation:
+    """The fewest bytes that a drift meter with this budget accepts block by block."""
+    layer_cap, expert_cap = caps(budget.nats, gamma=budget.gamma)
     return allocate(
-        costs_of(table),
-        nats_at_most=nats * budget.margin_ratio / budget.gamma,
+        costs,
+        nats_at_most=budget.nats * budget.margin_ratio / budget.gamma,
         layer_cap_nats=layer_cap,
         expert_cap_nats=expert_cap,
     )

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from hotset.blocks.calibrate import Calibration, Settings
 from hotset.blocks.calibrate_text import read_text
+from hotset.blocks.families import KINDS
 from hotset.blocks.sensitivity import KLMeter
 from hotset.blocks.sensitivity_fisher import EVEN_SHARE, first_order, frequencies, smoothed
 from hotset.blocks.sensitivity_stats import PairedKL, bootstrap
@@ -97,7 +98,25 @@ def test_first_order_is_near_true_kl_where_nothing_follows(
     tokens = windows.numel()
     assert found.tokens == tokens
     assert (found.counts.sum(axis=(0, 2)) == tokens * meter.catalog.top_k).all()
+    routing = meter.routing(windows)
+    assert all(
+        found.counts[:, meter.catalog.layers.index(block.layer), block.index].sum() == count
+        for block, count in routing.items()
+    )
+    assert sum(routing.values()) == found.counts.sum()
     assert (found.nats >= 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_can_be_measured(kind: str, checkpoints: dict[str, Path]) -> None:
+    meter = KLMeter(checkpoints[kind])
+    windows = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
+    assert (meter.measure({}, windows).kl == 0).all()
+    assert meter.measure(meter.uniform("int2"), windows).summary().mean > 0
+    found = first_order(meter, windows, formats=("int4", "int2"))
+    assert found.nats.shape[:2] == (2, len(meter.catalog.layers))
+    assert found.nats[..., 1].sum() > found.nats[..., 0].sum() > 0
+    meter.close()
 
 
 @settings(deadline=None, max_examples=50)
