@@ -184,7 +184,7 @@ def moment_at(  # noqa: PLR0913 - the sources of one moment, by keyword
         alarms=(*(status.alerts if status and live else ()), *alarms(ages)),
         tokens=max(tokens, status.tokens if status and live else 0),
         requests=requests,
-        stall_ns=traces.stall_ns(until_ns=at_ns),
+        stall_ns=max(traces.stall_ns(until_ns=at_ns), status.stall_ns if status and live else 0),
         dropped=traces.dropped,
         emulated=tuple(traces.emulated),
     ), cells

@@ -9,6 +9,7 @@ Times go as offsets from the run's start, because a browser's numbers hold 53 bi
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -54,7 +55,7 @@ def hello(run: Run) -> str:
         {
             "kind": "hello",
             "run": spec.run,
-            "model": spec.model,
+            "model": PurePath(spec.model).name,
             "digest": spec.digest,
             "mode": spec.mode,
             "layers": list(spec.layers),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from aiohttp import ClientSession, WSMsgType
 from aiohttp.test_utils import TestServer
+from click.testing import CliRunner
 
 from hotset.actors.frames import encode_frame
 from hotset.actors.messages import pack
+from hotset.cluster.cli import main
 from hotset.dashboards.page.folder import FORGOTTEN_NS, FolderSource
 from hotset.dashboards.page.progress import SILENT_NS
 from hotset.dashboards.page.server import STATIC, PageServer
@@ -47,13 +50,13 @@ def on_server(
 ) -> None:
     """Run `ask` against a server of the folder."""
 
-    async def main() -> None:
+    async def served() -> None:
         source = FolderSource(folder, clock_ns=lambda: now_ns)
         page = PageServer(source, poll_s=0.01, clock_ns=lambda: now_ns)
         async with TestServer(page.app()) as server, ClientSession() as session:
             await asyncio.wait_for(ask(session, server), DEADLINE_S)
 
-    asyncio.run(main())
+    asyncio.run(served())
 
 
 class Viewer:
@@ -109,8 +112,8 @@ def test_moments_and_deltas_are_the_runs_cells(tmp_path: Path) -> None:
     source.poll()
 
     async def ask(session: ClientSession, server: TestServer) -> None:
-        async with session.ws_connect(server.make_url("/ws")) as socket:
-            viewer = Viewer(socket)
+        async with session.ws_connect(server.make_url("/ws")) as connection:
+            viewer = Viewer(connection)
             hello = await viewer.text("hello")
             assert (hello["layers"], hello["experts"], hello["run"]) == ([1, 2, 3, 4], 8, "r")
             await viewer.moment()
@@ -132,8 +135,8 @@ def test_a_run_that_grows_is_followed(tmp_path: Path) -> None:
     extra = landed("worker-1", BlockId(4, 7), at_ns=END_NS + 1)
 
     async def ask(session: ClientSession, server: TestServer) -> None:
-        async with session.ws_connect(server.make_url("/ws")) as socket:
-            viewer = Viewer(socket)
+        async with session.ws_connect(server.make_url("/ws")) as connection:
+            viewer = Viewer(connection)
             first = await viewer.moment()
             assert first["live"]
             place = 2 * 32 + 3 * 8 + 7
@@ -172,17 +175,17 @@ def test_silence_raises_the_alarm_while_the_run_is_live(tmp_path: Path) -> None:
 
 def test_questions_are_answered_or_refused_in_words(tmp_path: Path) -> None:
     async def ask(session: ClientSession, server: TestServer) -> None:
-        async with session.ws_connect(server.make_url("/ws")) as socket:
-            viewer = Viewer(socket)
-            await socket.send_str(json.dumps({"kind": "why", "block": "2.3"}))
+        async with session.ws_connect(server.make_url("/ws")) as connection:
+            viewer = Viewer(connection)
+            await connection.send_str(json.dumps({"kind": "why", "block": "2.3"}))
             told = await viewer.text("why")
             assert told["summary"].startswith("Expert 3 of layer 2 is at worker-1")
             assert told["told"] == len(told["story"]) > 2
-            await socket.send_str(json.dumps({"kind": "why", "block": "2"}))
+            await connection.send_str(json.dumps({"kind": "why", "block": "2"}))
             assert "LAYER.EXPERT" in (await viewer.text("error"))["text"]
-            await socket.send_str(json.dumps({"kind": "why", "block": "99.0"}))
+            await connection.send_str(json.dumps({"kind": "why", "block": "99.0"}))
             assert (await viewer.text("why"))["summary"] == "no such block"
-            await socket.send_str(json.dumps({"kind": "drop", "block": "2.3"}))
+            await connection.send_str(json.dumps({"kind": "drop", "block": "2.3"}))
             assert "drop" in (await viewer.text("error"))["text"]
         async with session.get(server.make_url("/api/why/2.3")) as answer:
             assert (await answer.json())["block"] == "2.3"
@@ -237,3 +240,33 @@ def test_a_folder_that_is_no_run_is_refused_with_a_remedy(tmp_path: Path, missin
     with pytest.raises(ConfigError) as raised:
         FolderSource(folder)
     assert raised.value.remedy
+
+
+def test_the_command_refuses_what_cannot_work(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["dashboard", str(tmp_path)])
+    assert (result.exit_code, "journal.msgpack" in result.output) == (2, True)
+    folder = write_run(tmp_path / "r")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["dashboard", str(folder), "--port", port])
+    assert (result.exit_code, "--port" in result.output) == (2, True)
+
+
+def test_a_source_that_fails_is_told_and_asked_again(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "r", ended=False)
+    journal = folder / "journal.msgpack"
+
+    async def ask(session: ClientSession, server: TestServer) -> None:
+        async with session.ws_connect(server.make_url("/ws")) as socket_:
+            viewer = Viewer(socket_)
+            await viewer.moment()
+            journal.rename(folder / "away")
+            assert "cannot be read on" in (await viewer.text("error"))["text"]
+            (folder / "away").rename(journal)
+            event = landed("worker-1", BlockId(4, 7), at_ns=END_NS + 1)
+            with journal.open("ab") as file:
+                file.write(encode_frame(msgspec.msgpack.encode(pack(event))))
+            while (await viewer.moment())["to_ns"] <= END_NS:
+                pass
+
+    on_server(folder, ask)

@@ -82,11 +82,17 @@ export class Grid {
     }
     const gap = GAP * ratio;
     const label = LABEL * ratio;
-    const wanted = Math.max(1, Math.round((150 * ratio) / model.experts));
-    const columns = Math.max(1, Math.floor((width + gap) / (model.experts * wanted + gap)));
-    const room = Math.floor((width + gap) / Math.min(columns, tiles) - gap);
-    const cellWidth = Math.max(1, Math.floor(room / model.experts));
-    const cellHeight = Math.max(1, Math.min(cellWidth, Math.floor((120 * ratio) / rows)) || 1);
+    // As large as fits into the box; else one column after another of whole pixels, to scroll.
+    let [columns, cell] = [1, 0];
+    for (let tried = 1; tried <= tiles; tried += 1) {
+      const across = ((width + gap) / tried - gap) / model.experts;
+      const down = (384 * ratio / Math.ceil(tiles / tried) - label - gap) / rows;
+      const size = Math.floor(Math.min(across, down));
+      if (size > cell) [columns, cell] = [tried, size];
+    }
+    if (!cell) columns = Math.max(1, Math.floor((width + gap) / (model.experts + gap)));
+    const cellWidth = Math.max(1, cell);
+    const cellHeight = cellWidth;
     const tileWidth = cellWidth * model.experts + gap;
     const tileHeight = cellHeight * rows + label + gap;
     const height = Math.ceil(tiles / columns) * tileHeight;

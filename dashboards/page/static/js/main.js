@@ -25,7 +25,7 @@ const link = new Link({
     state.model = new Model(message);
     $("run").textContent = message.run;
     document.title = `hotset ${message.run}`;
-    const notes = [message.model, message.digest && `[${message.digest}]`, message.mode,
+    const notes = [message.model, message.digest && `[${message.digest.slice(0, 12)}]`, message.mode,
       `${message.layers.length} layers x ${message.experts} experts`,
       message.guessed ? "shape and decisions guessed: this run did not record its spec" : "",
       message.decides ? "" : "too large to replay decisions"];
