@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -246,23 +247,38 @@ class SectionCodec(BodyCodec):
 
     def body_nbytes(self, layout: BlockLayout) -> int:
         """As `BodyCodec.body_nbytes`: exact."""
-        return sum(aligned(section.nbytes) for section in self.sections(layout))
+        return _places(self, layout)[-1].end
 
     def split(self, body: torch.Tensor, layout: BlockLayout) -> dict[str, torch.Tensor]:
         """Cut a body into its sections, without a copy."""
-        parts: dict[str, torch.Tensor] = {}
-        place = 0
-        for section in self.sections(layout):
-            parts[section.role] = body[place : place + section.nbytes]
-            place += aligned(section.nbytes)
-        return parts
+        return {
+            part.role: body[part.start : part.start + part.nbytes] for part in _places(self, layout)
+        }
 
     def clear_gaps(self, body: torch.Tensor, layout: BlockLayout) -> None:
         """Zero the bytes between sections."""
-        place = 0
-        for section in self.sections(layout):
-            body[place + section.nbytes : place + aligned(section.nbytes)] = 0
-            place += aligned(section.nbytes)
+        for part in _places(self, layout):
+            body[part.start + part.nbytes : part.end] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a section is; `end` is where the next one starts."""
+
+    role: str
+    start: int
+    nbytes: int
+    end: int
+
+
+@lru_cache(maxsize=256)
+def _places(codec: SectionCodec, layout: BlockLayout) -> tuple[_Place, ...]:
+    found, start = [], 0
+    for section in codec.sections(layout):
+        end = start + aligned(section.nbytes)
+        found.append(_Place(role=section.role, start=start, nbytes=section.nbytes, end=end))
+        start = end
+    return tuple(found)
 
 
 def check_finite(payload: torch.Tensor, layout: BlockLayout) -> None:
@@ -292,8 +308,12 @@ def scale_dtype(layout: BlockLayout) -> torch.dtype:
 
 def scale_limit(layout: BlockLayout, top: float) -> float:
     """Give the largest scale for which `top` scales still fit the model's type."""
-    most = torch.finfo(layout_dtype(layout)).max
-    kind = scale_dtype(layout)
+    return _scale_limit(layout_dtype(layout), scale_dtype(layout), top)
+
+
+@lru_cache(maxsize=64)
+def _scale_limit(dtype: torch.dtype, kind: torch.dtype, top: float) -> float:
+    most = torch.finfo(dtype).max
     limit = torch.tensor(most / top, dtype=torch.float64).to(kind)
     while float(limit) * top > most:
         limit = torch.nextafter(limit, torch.zeros((), dtype=kind))

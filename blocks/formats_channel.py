@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from hotset.blocks.checkpoint import BlockLayout
 
-_CHUNK = 128  # output channels quantised at a time, so that the float32 copy stays in cache
+_CHUNK = 1 << 17  # weights quantised at a time, so that the float32 copy stays in cache
 _SCALE_SLACK = 1 + 2**-8  # a bf16 scale rounds by at most 2**-8, so no weight exceeds the range
 
 
@@ -90,12 +90,12 @@ class ChannelCodec(SectionCodec):
             scales = stored[f"{field.role}_scale"].view(scale_dtype(layout))
             if layout.transposed:
                 weight, values = weight.t(), values.t()
-            for start in range(0, field.shape[dim], _CHUNK):
-                size = min(_CHUNK, field.shape[dim] - start)
-                rows = weight[start : start + size].to(torch.float32).contiguous()
+            many = max(1, _CHUNK // weight.shape[1])
+            for start in range(0, field.shape[dim], many):
+                rows = weight[start : start + many].to(torch.float32).contiguous()
                 found, scale = self.quantise(rows, layout)
-                values[start : start + size].copy_(found)
-                scales[start : start + size].copy_(scale)
+                values[start : start + many].copy_(found)
+                scales[start : start + many].copy_(scale)
         return 0, body.numel()
 
     def quantise(

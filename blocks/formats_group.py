@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
     from hotset.blocks.checkpoint import BlockLayout
 
-_CHUNK = 1024  # groups at a time, so that the float32 copies stay in cache
+_CHUNK = 2048  # groups at a time, so that the float32 copies stay in cache
 _SHARES_FINE = (1.0, 0.95, 0.9, 0.85, 0.8)
 _SHARES_COARSE = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51)
 NF4_LEVELS = (

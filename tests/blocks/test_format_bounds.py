@@ -12,7 +12,13 @@ from format_layouts import any_payload, make_layout, make_payload, values_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.blocks import formats_base, formats_channel, formats_group, formats_lossless
+from hotset.blocks import (
+    formats_base,
+    formats_channel,
+    formats_decode,
+    formats_group,
+    formats_lossless,
+)
 from hotset.blocks.formats import CODECS, Codec, codec
 from hotset.blocks.formats_base import scale_dtype
 from hotset.blocks.formats_group import NF4_LEVELS, pack, unpack
@@ -249,3 +255,21 @@ def test_a_buffer_that_is_too_small_is_refused() -> None:
         codec("int4").encode(
             make_payload(layout, seed=6), layout, torch.empty(100, dtype=torch.uint8)
         )
+
+
+@pytest.mark.parametrize(("bits", "name"), [(4, "nf4"), (3, "int3"), (2, "int2")])
+def test_processors_without_the_permute_read_the_same_weights(
+    bits: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by = codec(name)
+    assert isinstance(by, formats_group.GroupCodec)
+    random = np.random.default_rng(bits)
+    packed = random.integers(0, 256, 20 * 8 * bits, dtype=np.uint8)
+    scales = torch.randn(20).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    kernel = getattr(formats_decode, f"decode{bits}")
+    fast, slow = np.zeros((2, 20 * 64), dtype=np.uint16)
+    assert kernel(packed, scales, by.filled, fast) == fast.size
+    monkeypatch.setattr(formats_decode, "PERMUTES", False)
+    assert kernel.py_func(packed, scales, by.filled, slow) == slow.size
+    assert np.array_equal(fast, slow)
+    assert fast.any()
