@@ -159,7 +159,7 @@ def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
     type=click.IntRange(min=8),
     default=64,
     show_default=True,
-    help="tokens of each of the two requests",
+    help="tokens of each of the three requests",
 )
 @click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
 def bench_simulate_command(*, policies: str, tokens: int, as_json: bool) -> None:
