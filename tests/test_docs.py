@@ -22,6 +22,7 @@ DOCUMENTS = (
     "OPERATIONS.md",
     "CHANGELOG.md",
     "docs/contributing.md",
+    "docs/dashboard.md",
     "docs/traces.md",
     "examples/demo-moe/README.md",
 )
