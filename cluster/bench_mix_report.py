@@ -101,7 +101,9 @@ def draw(found: MixFigures, path: Path) -> None:
         label="uniform",
     )
     axes.axhline(found.budget_nats, color="grey", linewidth=0.8)
-    axes.annotate(f"budget {found.budget_nats:g}", (8, found.budget_nats), fontsize=8, va="bottom")
+    axes.annotate(
+        f"budget {found.budget_nats:g}", (8, found.budget_nats), fontsize=8, ha="right", va="bottom"
+    )
     axes.set(
         yscale="log", xlabel="bits of an expert's weight", ylabel="KL, nats a token",
         title=f"{found.model}: formats by measured damage and by popularity",
