@@ -233,7 +233,10 @@ def _stores(timeline: Timeline, cells: Cells, present: Sequence[str]) -> tuple[S
     views = []
     for number, store in enumerate(timeline.stores):
         mine = cells[number]
-        counts = {form.value: int((mine >> place & 1).sum()) for place, form in enumerate(FORMATS)}
+        counts = {
+            form.value: int(np.count_nonzero(mine & (1 << place)))
+            for place, form in enumerate(FORMATS)
+        }
         resident = sum(
             count * timeline.sizes.get(code, 0) for code, count in enumerate(counts.values(), 1)
         )
@@ -246,7 +249,7 @@ def _stores(timeline: Timeline, cells: Cells, present: Sequence[str]) -> tuple[S
                 capacity_bytes=store.capacity_bytes,
                 resident_bytes=resident,
                 blocks={form: count for form, count in counts.items() if count},
-                asked=int((mine & ASKED > 0).sum()),
+                asked=int(np.count_nonzero(mine & ASKED)),
             )
         )
     return tuple(views)
@@ -268,7 +271,8 @@ def _moving(traces: Traces, row: Sequence[int], *, now_ns: int) -> Flight:
 
 def _asked(timeline: Timeline, cells: Cells, *, place: int, now_ns: int) -> list[Flight]:
     """Transfers that were asked for and have not been reported on, oldest first."""
-    pending = {(store, flat) for store, flat in np.argwhere(cells & ASKED).tolist()}
+    places = np.flatnonzero((cells & ASKED).reshape(-1)).tolist()
+    pending = {divmod(place, timeline.blocks) for place in places}
     table = timeline.changes.table[:place]
     found: dict[tuple[int, int], Flight] = {}
     for record in reversed(table[table["what"] == What.ASKED].tolist()):
