@@ -9,6 +9,8 @@ byte by byte. Counts stand in a mapped file too and outlive a kill.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import inspect
 import mmap
 import os
@@ -281,6 +283,12 @@ class Member:
                 thread = threading.Thread(target=lane.guarded, args=(work,), daemon=True)
                 thread.start()
                 self.threads.append(thread)
+
+    @staticmethod
+    def trim() -> None:
+        """Give back what malloc only keeps, so that what is left is in use."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
     def rest(self) -> list[str]:
         """Stop reading; what is wrong once all that was abandoned has ended."""

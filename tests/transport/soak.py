@@ -120,8 +120,9 @@ class Soak:
 
     def _note_first(self) -> None:
         for seat in self.seats:
-            if time.monotonic() > seat.since + self._warm_s:
-                seat.first = seat.first or footprint(seat.pid)
+            if seat.first is None and time.monotonic() > seat.since + self._warm_s:
+                seat.call("trim")
+                seat.first = footprint(seat.pid)
 
     def _stop_one(self, clock: threading.Event) -> None:
         seat = self._rng.choice(self.seats)
@@ -146,6 +147,7 @@ class Soak:
         result.seconds = seconds
         for seat in self.seats:
             if seat.first is not None:
+                seat.call("trim")
                 growth = footprint(seat.pid).since(seat.first)
                 result.growth[seat.station.name] = str(growth)
                 leak = leaked(growth, rounds=result.kills)
