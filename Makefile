@@ -26,11 +26,12 @@ check: $(STAMP) ## format, lint, types and pure tests: under 2 minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not ray and not nixl and not slow"
+	$(BIN)/python -m pytest -q -m "not ray and not nixl and not slow and not browser"
 
-test: check ## everything: pure tests, then transport between processes, then Ray
+test: check ## everything: pure tests, then transport between processes, a browser, Ray
 	$(BIN)/python -m pytest -q -m "nixl and not ray"
-	$(BIN)/python -m pytest -q -m "slow and not nixl and not ray"
+	$(BIN)/python -m pytest -q -m "slow and not nixl and not ray and not browser"
+	$(BIN)/python -m pytest -q -m "browser and not ray"
 	$(BIN)/python -m pytest -q -m "ray"
 
 bench: $(STAMP) ## tokens/s against transformers in full memory and under a memory limit
