@@ -119,6 +119,7 @@ def test_mixes_of_others_stay_within_the_bytes(name: str, part: float, seed: int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_bench_mix_measures_and_draws(table_path: Path, tmp_path: Path) -> None:
     found = run_bench(
         DEMO, held_out=(SOURCE,), shifted=(SOURCE.with_name("typing.py"),),
