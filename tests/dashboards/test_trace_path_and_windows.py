@@ -179,6 +179,7 @@ def test_the_critical_path_has_no_gap_and_only_what_there_is(
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=12),
     st.lists(st.tuples(st.integers(-5, 60), st.integers(-5, 30)), max_size=6),
 )
+@settings(deadline=None)
 def test_the_part_of_a_set_within_spans(
     parts: list[tuple[int, int]], asked: list[tuple[int, int]]
 ) -> None:
