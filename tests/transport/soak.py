@@ -105,7 +105,7 @@ class Soak:
         """Let them read; stop one every second or two, kill one every ten."""
         begin = time.monotonic()
         next_kill = begin + min(10.0, seconds / 3)
-        self._warm_s = min(30.0, seconds / 3)
+        self._warm_s = min(150.0, seconds / 3)  # until then heaps of three backends grow
         clock = threading.Event()
         while (now := time.monotonic()) < begin + seconds:
             self._note_first()
