@@ -64,12 +64,13 @@ def descriptors(pid: int) -> dict[str, str]:
     return found
 
 
-def leaked(growth: Footprint, *, rounds: int) -> str:
+def leaked(growth: Footprint, *, rounds: int, slabs_kib: int = 16_384) -> str:
     """'' or what grew more than `rounds` rounds may make it grow.
 
     Threads, descriptors and mappings must not grow with the rounds: a leak of one every tenth
     round is found after 40 rounds. Heaps breathe, so memory has 24 MiB of room and then 4 KiB a
-    round; a slab that is still mapped is found at once, because peers' slabs are larger than that.
+    round; a slab that is still mapped is found at once, because peers' slabs are larger than
+    `slabs_kib`.
     """
     room = 4 + rounds // 10
     wrong = []
@@ -81,6 +82,6 @@ def leaked(growth: Footprint, *, rounds: int) -> str:
         wrong.append("maps")
     if growth.anon_kib > 24_576 + 4 * rounds:
         wrong.append("heap")
-    if growth.shmem_kib > 16_384:
+    if growth.shmem_kib > slabs_kib:
         wrong.append("slabs")
     return f"{', '.join(wrong)} after {rounds} rounds: {growth}" if wrong else ""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SLOT_BYTES: Final = 8 << 20
 SMALLEST: Final = 4 << 10
 BLOCKS: Final = 6
+READ_KIB: Final = BLOCKS * SLOT_BYTES >> 10  # of a mapped peer; of one that came late, less
 ROOM: Final = 12
 MOST_ITEMS: Final = 6
 FORMAT: Final = 3

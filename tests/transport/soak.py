@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.transport.leaks import Footprint, footprint, leaked
-from tests.transport.member import COUNTS, STATUSES, Member, Station, mapped
+from tests.transport.member import COUNTS, READ_KIB, STATUSES, Member, Station, mapped
 from tests.transport.processes import Child
 from tests.transport.stores import QUIET, TCP, missing
 
@@ -150,7 +150,7 @@ class Soak:
                 seat.call("trim")
                 growth = footprint(seat.pid).since(seat.first)
                 result.growth[seat.station.name] = str(growth)
-                leak = leaked(growth, rounds=result.kills)
+                leak = leaked(growth, rounds=result.kills, slabs_kib=READ_KIB)
                 if leak and seconds >= LEAKS_S:
                     result.wrong.append(f"{seat.station.name} leaks {leak}")
         for seat in self.seats:
