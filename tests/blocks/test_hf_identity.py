@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hotset.blocks.hf import Skeleton
     from hotset.blocks.routing import Reference
 
+pytestmark = pytest.mark.slow  # loads models
+
 PROMPT_SEED = 7
 STEPS = 24
 

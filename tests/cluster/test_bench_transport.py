@@ -34,6 +34,8 @@ from hotset.errors import ClusterError, ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # starts processes
+
 FIELDS = {"backend", "op", "nbytes", "batch", "bytes_per_s", "ratio_to_memcpy", "ratio_to_raw"}
 COPIES = "hotset.cluster.bench_transport_bounds:Copies"
 

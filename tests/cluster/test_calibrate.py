@@ -24,6 +24,8 @@ from hotset.errors import ConfigError
 from hotset.policies.allocate import Costs
 from hotset.policies.types import BlockId
 
+pytestmark = pytest.mark.slow  # starts processes
+
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo-moe"
 SOURCE = Path(sysconfig.get_path("stdlib")) / "argparse.py"
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # starts processes
+
 MARK = "HOTSET_TEST_FAMILY"
 
 

@@ -13,6 +13,8 @@ from tests.transport.bench_multicast import BLOCK, Group
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 def test_a_chain_reads_each_from_the_one_before() -> None:
     hops = plan("s", ["a", "b", "c"])

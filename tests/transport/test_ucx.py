@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
+pytestmark = pytest.mark.slow  # starts processes
+
 
 MIB = 1 << 20
 SOURCE_BYTES = 64 * MIB
