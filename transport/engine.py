@@ -1,8 +1,8 @@
 """The engine of a store: takes reads from any thread, ends each one exactly once.
 
 Moves blocks into one slab, from peers through a backend and from files through a reader. One owner
-thread per engine calls the backend and decides what ends (`mover.py`); a verifier thread hashes
-what has landed of large batches while the owner moves the rest. Callers submit through a queue and
+thread per engine calls the backend and decides what ends (`mover.py`); a second one hashes what has
+landed of large batches while the owner moves the rest, or reads some of it itself. Callers submit through a queue and
 wait on tickets; one that would only wait may take the owner's turn meanwhile (`read_now`), which
 saves two changes of thread. It must not know what keys mean: `describe` turns one into the two
 numbers of a transfer's row.
