@@ -2,10 +2,10 @@
 
 Moves blocks into one slab, from peers through a backend and from files through a reader. One owner
 thread per engine calls the backend and decides what ends (`mover.py`); a second one hashes what has
-landed of large batches while the owner moves the rest, or reads some of it itself. Callers submit through a queue and
-wait on tickets; one that would only wait may take the owner's turn meanwhile (`read_now`), which
-saves two changes of thread. It must not know what keys mean: `describe` turns one into the two
-numbers of a transfer's row.
+landed of large batches while the owner moves the rest, or reads some of it itself. Callers submit
+through a queue and wait on tickets; one that would only wait may take the owner's turn meanwhile
+(`read_now`), which saves two changes of thread. It must not know what keys mean: `describe` turns
+one into the two numbers of a transfer's row.
 
 Invariants: a ticket ends once, at the latest at its deadline plus one turn of the owner; an item
 that is DONE is READY and pinned once on behalf of the caller; nothing in flight is released or
