@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PAGE_BYTES: Final = 4096
-PART_BYTES: Final = 1 << 20  # of what is cached, to be hashed before it leaves the processor's
+PART_BYTES: Final = 1 << 20  # of what is cached: to be hashed while a core has it
 DIRECT_MIN_BYTES: Final = 256 << 10  # 128 KiB: 0.9 of a buffered read, 512 KiB: 1.2
 _STRIDE: Final = 0x9E3779B1  # odd: successive multiples spread over all pages of a run
 _REFUSED: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})

@@ -108,8 +108,7 @@ class InCall:
         self._flights.settle(post)
         if landing is not None:
             if post.pieces is not None:
-                post.pieces.landed(post.begin, post.end)
-                post.pieces.digested(landing.digests)
+                post.pieces.landed(post.begin, post.end, landing.digests)
             self._landed(post, landing, alive, haul.ended_ns - landing.verify_ns)
             return
         post.link.ended(post, haul.ended_ns)

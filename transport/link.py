@@ -32,9 +32,8 @@ WINDOW_MAX_BYTES: Final = 32 << 20
 FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
 PIECE_MIN_BYTES: Final = 2 << 20  # of a fast link: below, its posts cost more than it saves
 FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
-IN_CALL_BYTES: Final = (4 << 20) + (
-    64 << 10
-)  # a post that copies in the call: short enough to share out
+# Posts that copy in the call, to be shared out: room for 4 blocks, at last 1, of 1 MiB and headers.
+IN_CALL_BYTES: Final = (4 << 20) + (64 << 10)
 IN_CALL_MIN_BYTES: Final = (1 << 20) + (64 << 10)
 ALONE_BYTES: Final = 4 << 20  # so much one thread reads sooner than it wakes a second one
 HALVES_BYTES: Final = 16 << 20  # so much each of two threads reads in one post

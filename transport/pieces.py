@@ -10,12 +10,17 @@ Invariant: every byte is to do, under way or landed, and lands once.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 from hotset.transport.header import CHUNK_BYTES, HEADER_BYTES, combine
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hotset.transport.header import Seen
+
+_NONE: Final[Mapping[int, int]] = MappingProxyType({})
 
 
 class Pieces:
@@ -90,8 +95,11 @@ class Pieces:
         self.todo.append((begin, end))
         self.todo.sort()
 
-    def landed(self, begin: int, end: int) -> None:
-        """Note a piece; `arrived` grows when it is the next in order."""
+    def landed(self, begin: int, end: int, digests: Mapping[int, int] = _NONE) -> None:
+        """Note a piece; `arrived` grows when it is the next in order.
+
+        `digests` are those of chunks of it that have been hashed already.
+        """
         self.islands[begin] = end
         while self.arrived in self.islands:
             self.arrived = self.islands.pop(self.arrived)
@@ -101,7 +109,9 @@ class Pieces:
             chunk = (at - HEADER_BYTES) // CHUNK_BYTES
             upto = min(end, self.chunk(chunk)[1])
             missing[chunk] -= upto - at
-            if missing[chunk] == 0:
+            if missing[chunk] == 0 and chunk in digests:
+                self.digests[chunk] = digests[chunk]
+            elif missing[chunk] == 0:
                 self.ready.append(chunk)
             at = upto
 
@@ -115,9 +125,3 @@ class Pieces:
         first = -(-(begin - HEADER_BYTES) // CHUNK_BYTES) if begin > HEADER_BYTES else 0
         last = len(self.digests) if end == self.end else (end - HEADER_BYTES) // CHUNK_BYTES
         return range(first, max(first, last))
-
-    def digested(self, found: dict[int, int]) -> None:
-        """Take in chunks that somebody has hashed before their landing was noted."""
-        for number, digest in found.items():
-            self.ready.remove(number)
-            self.digests[number] = digest

@@ -83,6 +83,19 @@ def _read(pair: Pair, numbers: Sequence[int], **options: Any) -> Any:
     )
 
 
+def _hold(pair: Pair) -> tuple[threading.Event, threading.Event]:
+    """Hold the second thread up until the first event is set; the second one tells that it is."""
+    gate, held = threading.Event(), threading.Event()
+
+    def hold(lane: int) -> None:
+        if lane:
+            held.set()
+            assert gate.wait(30)
+
+    pair.backend.before = hold
+    return gate, held
+
+
 @pytest.mark.parametrize(
     "numbers",
     [range(0, COUNT, 2), range(1, COUNT, 2), range(COUNT), [1]],
@@ -130,14 +143,7 @@ def test_what_the_second_thread_cannot_read_the_owner_reads(pair: Pair) -> None:
 
 
 def test_slots_of_a_second_thread_that_is_late_stay_in_quarantine(pair: Pair) -> None:
-    gate, held = threading.Event(), threading.Event()
-
-    def hold(lane: int) -> None:
-        if lane:
-            held.set()
-            assert gate.wait(30)
-
-    pair.backend.before = hold
+    gate, held = _hold(pair)
     ticket = _read(pair, range(COUNT), end=deadline(0.3))
     outcome = ticket.wait()
     assert held.is_set()
@@ -157,14 +163,7 @@ def test_slots_of_a_second_thread_that_is_late_stay_in_quarantine(pair: Pair) ->
 
 
 def test_a_peer_is_not_unmapped_while_the_second_thread_reads_it(pair: Pair) -> None:
-    gate, held = threading.Event(), threading.Event()
-
-    def hold(lane: int) -> None:
-        if lane:
-            held.set()
-            assert gate.wait(30)
-
-    pair.backend.before = hold
+    gate, held = _hold(pair)
     ticket = _read(pair, [1, 3])
     assert held.wait(10)
     leaving = threading.Thread(target=pair.sink.engine.disconnect, args=("source",))

@@ -54,9 +54,7 @@ def test_pieces_in_any_order_sum_up_to_the_payload(
             at, upto = pieces.chunk(number)
             assert begin <= at <= upto <= end
             ahead[number] = checksum(data[at - HEADER_BYTES : upto - HEADER_BYTES])
-        pieces.landed(begin, end)
-        if chance.random() < 0.5:
-            pieces.digested(ahead)
+        pieces.landed(begin, end, ahead if chance.random() < 0.5 else {})
         while pieces.ready:
             number = pieces.ready.popleft()
             assert pieces.digests[number] is None
@@ -76,3 +74,13 @@ def test_a_piece_ends_with_a_chunk_where_there_is_one(nbytes: int) -> None:
     assert begin == 0
     assert 0 < end <= nbytes
     assert end == nbytes or (end - HEADER_BYTES) % CHUNK_BYTES == 0
+
+
+def test_a_chunk_that_came_with_its_hash_is_offered_to_nobody() -> None:
+    """Another thread may be emptying `ready` at that moment."""
+    pieces = Pieces(end=HEADER_BYTES + 2 * CHUNK_BYTES, bare=False)
+    pieces.landed(0, HEADER_BYTES + CHUNK_BYTES, {0: 7})
+    assert not pieces.ready
+    pieces.landed(HEADER_BYTES + CHUNK_BYTES, pieces.end)
+    assert list(pieces.ready) == [1]
+    assert pieces.digests == [7, None]
