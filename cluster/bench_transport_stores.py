@@ -23,6 +23,7 @@ from hotset.errors import DependencyError, TransportError
 from hotset.transport.base import Expect, ReadItem, Span, Status
 from hotset.transport.engine import Engine
 from hotset.transport.header import HEADER_BYTES, checksum
+from hotset.transport.nixl_agent import NIXL_MODULES
 from hotset.transport.nixl_lane import merge
 from hotset.transport.records import Ring
 from hotset.transport.slab import Slab
@@ -42,7 +43,6 @@ BACKENDS: Final = {
     "tcp": "hotset.transport.tcp:TcpBackend",
     "ucx": "hotset.transport.ucx:UcxBackend",
 }
-_NIXL_MODULES: Final = ("nixl_cu13._bindings", "nixl_cu12._bindings", "nixl._bindings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,7 +237,7 @@ class RawNixl:
 
     def __init__(self, slab: Slab, peer: PeerInfo) -> None:
         """Register the slab with a second agent and load the peer's metadata."""
-        nixl: Any = next(sys.modules[name] for name in _NIXL_MODULES if name in sys.modules)
+        nixl: Any = next(sys.modules[name] for name in NIXL_MODULES if name in sys.modules)
         config = nixl.nixlAgentConfig()
         config.useProgThread = False
         config.syncMode = nixl.NIXL_THREAD_SYNC_STRICT

@@ -7,13 +7,7 @@ from pathlib import Path
 
 import click
 
-
-def _say(text: str) -> None:
-    click.echo(f"hotset: {text}", err=True)
-
-
-def _silent(_text: str) -> None:
-    pass
+from hotset.cluster.console import say, silent
 
 
 @click.command("record")
@@ -86,7 +80,7 @@ def record_command(  # noqa: PLR0913 - one option each
         max_new_tokens=max_new_tokens,
         out=out,
         address=address,
-        say=_silent if as_json else _say,
+        say=silent if as_json else say,
     )
     if as_json:
         click.echo(json.dumps(written))
@@ -169,7 +163,7 @@ def bench_simulate_command(*, policies: str, tokens: int, as_json: bool) -> None
     from hotset.cluster.bench_simulate import compare, render
 
     found = [
-        compare(name.strip(), tokens=tokens, say=_silent if as_json else _say)
+        compare(name.strip(), tokens=tokens, say=silent if as_json else say)
         for name in policies.split(",")
     ]
     if as_json:

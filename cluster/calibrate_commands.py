@@ -11,17 +11,10 @@ from typing import Any
 
 import click
 
+from hotset.cluster.console import say, silent
 from hotset.policies.guard import BUDGET_NATS, LOSSY
 
 FORMATS = ",".join(LOSSY)
-
-
-def _silent(_text: str) -> None:
-    pass
-
-
-def _say(text: str) -> None:
-    click.echo(f"hotset: {text}", err=True)
 
 
 @click.command("calibrate")
@@ -92,14 +85,14 @@ def calibrate_command(  # noqa: PLR0913 - one option each
         time_ns=parse_duration_ns(duration),
         seed=seed,
         threads=threads,
-        say=_silent if as_json else _say,
+        say=silent if as_json else say,
     )
     write_table(table, out)
     if as_json:
         click.echo(json.dumps(summary(table, out=out, nats=nats)))
         return
     click.echo(render(table, nats=nats))
-    _say(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 @click.command("mix")
@@ -166,7 +159,7 @@ def bench_mix_command(
     found = run_bench(
         model,
         time_ns=parse_duration_ns(duration),
-        say=_silent if as_json else _say,
+        say=silent if as_json else say,
         **options,
     )
     if plot is not None:

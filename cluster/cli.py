@@ -20,6 +20,7 @@ from hotset.cluster.brain_commands import (
     simulate_command,
 )
 from hotset.cluster.calibrate_commands import bench_mix_command, calibrate_command
+from hotset.cluster.console import say, silent
 from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.formats_command import bench_formats_command
 from hotset.cluster.grafana import grafana_command
@@ -49,14 +50,6 @@ class HotsetGroup(click.Group):
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _say(text: str) -> None:
-    click.echo(f"hotset: {text}", err=True)
-
-
-def _silent(_text: str) -> None:
-    pass
 
 
 @click.group(cls=HotsetGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -210,8 +203,8 @@ def _generate(  # noqa: PLR0913 - the options of two commands, by name
             add_worker_after=add_worker_after,
             drain_worker_after=drain_worker_after,
         ),
-        say=_silent if as_json else _say,
-        echo=_silent if as_json else lambda text: click.echo(text, nl=False),
+        say=silent if as_json else say,
+        echo=silent if as_json else lambda text: click.echo(text, nl=False),
     )
     if as_json:
         click.echo(report.to_json())

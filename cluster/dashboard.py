@@ -12,20 +12,31 @@ import click
 from hotset.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hotset.dashboards.page.run import Source
 
 PORT = 8268
 
 
+def source_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command name its run: a folder, or a cluster and an id; see `source_of`."""
+    for option in (
+        click.option("--run", "run", help="run id; needed when several runs are on the cluster"),
+        click.option(
+            "--address", envvar="RAY_ADDRESS", default="auto", show_default=True,
+            help="Ray cluster whose run to show; not used with RUN",
+        ),
+        click.argument(
+            "folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path)
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @click.command("dashboard")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--address", envvar="RAY_ADDRESS", default="auto", show_default=True,
-    help="Ray cluster whose run to show; not used with RUN",
-)  # fmt: skip
-@click.option("--run", "run", help="run id; needed when several runs are on the cluster")
+@source_options
 @click.option(
     "--host", default="127.0.0.1", show_default=True,
     help="address to listen on; off loopback whoever reaches it can read the page",

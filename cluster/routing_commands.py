@@ -7,13 +7,7 @@ from pathlib import Path
 
 import click
 
-
-def _say(text: str) -> None:
-    click.echo(f"hotset: {text}", err=True)
-
-
-def _silent(_text: str) -> None:
-    pass
+from hotset.cluster.console import say, silent
 
 
 @click.command("replay")
@@ -92,7 +86,7 @@ def replay(  # noqa: PLR0913 - one option each
         layer_ns=layer_ns,
         expert_bytes=expert_bytes,
         tokens=tokens,
-        say=_say if every and not as_json else _silent,
+        say=say if every and not as_json else silent,
     )
     if as_json:
         found = {result.policy: result.numbers() for result in results}

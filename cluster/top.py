@@ -7,26 +7,22 @@ import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from hotset.cluster.dashboard import source_of
+from hotset.cluster.dashboard import source_of, source_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hotset.dashboards.page.moment import Moment
 
 _CLEAR = "\x1b[H\x1b[2J"
 
 
 @click.command("top")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--address", envvar="RAY_ADDRESS", default="auto", show_default=True,
-    help="Ray cluster whose run to show; not used with RUN",
-)  # fmt: skip
-@click.option("--run", "run", help="run id; needed when several runs are on the cluster")
+@source_options
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True,
     help="seconds between two screens",

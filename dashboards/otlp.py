@@ -30,25 +30,31 @@ if TYPE_CHECKING:
 NONE = -1
 
 
-class _Value(msgspec.Struct, gc=False, rename="camel"):
+class Value(msgspec.Struct, gc=False, rename="camel"):
+    """What an attribute holds: one of these."""
+
     string_value: str = ""
     int_value: int = 0
     bool_value: bool = False
-    array_value: _Array | None = None
+    array_value: Array | None = None
 
 
-class _Array(msgspec.Struct, gc=False):
-    values: list[_Value] = []
+class Array(msgspec.Struct, gc=False):
+    """Several values."""
+
+    values: list[Value] = []
 
 
-class _Attribute(msgspec.Struct, gc=False):
+class Attribute(msgspec.Struct, gc=False):
+    """A name and its value."""
+
     key: str
-    value: _Value
+    value: Value
 
 
 class _Link(msgspec.Struct, gc=False, rename="camel"):
     span_id: str
-    attributes: list[_Attribute] = []
+    attributes: list[Attribute] = []
 
 
 class _Span(msgspec.Struct, gc=False, rename="camel"):
@@ -57,12 +63,12 @@ class _Span(msgspec.Struct, gc=False, rename="camel"):
     start_time_unix_nano: int
     end_time_unix_nano: int
     parent_span_id: str = ""
-    attributes: list[_Attribute] = []
+    attributes: list[Attribute] = []
     links: list[_Link] = []
 
 
 class _Scope(msgspec.Struct, gc=False):
-    attributes: list[_Attribute] = []
+    attributes: list[Attribute] = []
 
 
 class _ScopeSpans(msgspec.Struct, gc=False):
@@ -71,7 +77,7 @@ class _ScopeSpans(msgspec.Struct, gc=False):
 
 
 class _Resource(msgspec.Struct, gc=False):
-    attributes: list[_Attribute] = []
+    attributes: list[Attribute] = []
 
 
 class _ResourceSpans(msgspec.Struct, gc=False, rename="camel"):
@@ -303,7 +309,7 @@ def _signed(hexadecimal: str) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-_NOTHING = _Value()
+_NOTHING = Value()
 _COLUMNS = (
     "name", "links", "start_ns", "end_ns", "span_id", "parent", "link",  # places 0 to 6 of a row
     "source", "reason", "code", "format", "target", "nbytes", "tokens", "queue_ns", "wire_ns",

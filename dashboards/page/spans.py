@@ -17,6 +17,7 @@ import numpy as np
 
 from hotset.actors import names
 from hotset.dashboards.intervals import union
+from hotset.dashboards.otlp import Attribute, Value
 from hotset.dashboards.page.timeline import Column
 
 if TYPE_CHECKING:
@@ -28,31 +29,16 @@ MOST_BYTES = 8 << 20
 """Most bytes of a file that are read at once."""
 
 
-class _Value(msgspec.Struct, gc=False, rename="camel"):
-    string_value: str = ""
-    int_value: int = 0
-    array_value: _Array | None = None
-
-
-class _Array(msgspec.Struct, gc=False):
-    values: list[_Value] = []
-
-
-class _Attribute(msgspec.Struct, gc=False):
-    key: str
-    value: _Value
-
-
 class _Span(msgspec.Struct, gc=False, rename="camel"):
     name: str
     start_time_unix_nano: int
     end_time_unix_nano: int
-    attributes: list[_Attribute] = []
+    attributes: list[Attribute] = []
     links: list[msgspec.Raw] = []
 
 
 class _Holder(msgspec.Struct, gc=False):
-    attributes: list[_Attribute] = []
+    attributes: list[Attribute] = []
 
 
 class _ScopeSpans(msgspec.Struct, gc=False):
@@ -226,4 +212,4 @@ def _share(
     return share
 
 
-_NOTHING = _Value()
+_NOTHING = Value()

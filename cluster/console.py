@@ -1,0 +1,14 @@
+"""How commands talk beside their result: on stderr, so that stdout stays the result alone."""
+
+from __future__ import annotations
+
+import click
+
+
+def say(text: str) -> None:
+    """Tell the user something on the way."""
+    click.echo(f"hotset: {text}", err=True)
+
+
+def silent(_text: str) -> None:
+    """Take what `say` would have told, where only the result is wanted."""
