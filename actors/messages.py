@@ -21,6 +21,7 @@ from hotset.policies.types import (
     Copy,
     CopyDropped,
     CopyLanded,
+    DriftMeasured,
     DropCopy,
     Event,
     LayerTimes,
@@ -43,7 +44,8 @@ _EVENTS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         StoreJoined, StoreLost, StoreDraining, RouterCounts,
-        CopyLanded, CopyDropped, TransferFailed, LayerTimes, Pressure, Concurrency, Tick,
+        CopyLanded, CopyDropped, TransferFailed, LayerTimes, Pressure, Concurrency,
+        DriftMeasured, Tick,
     )
 }  # fmt: skip
 _COMMANDS: dict[str, type[Any]] = {

@@ -28,7 +28,11 @@ from hotset.policies.types import BlockId, Format
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from numpy.typing import NDArray
+
     from hotset.policies.allocate import Costs, Floats, Ints
+
+    Flags = NDArray[np.bool_]
 
 GAMMA_GROWTH = 4.0
 """Most by which gamma grows over its first value; what is left is laid on the blocks (`blame`)."""
@@ -143,6 +147,29 @@ class DriftMeter:
         wanted = self._codes.copy()
         wanted[row, expert] = self._known(form)
         return self._over(wanted, row=row, expert=expert)
+
+    def allowed(self, form: Format | str) -> Flags:
+        """Tell for every block at once, [L, E], whether `check` lets it compute in `form`."""
+        shape = self._codes.shape
+        if is_lossless(form):
+            return np.ones(shape, dtype=bool)
+        if self.budget.nats <= 0 or str(form) not in self._code:
+            return np.zeros(shape, dtype=bool)
+        budget, now = self.budget, self.gamma * self._damage(self._codes)
+        wanted = self.gamma * self._nats[..., self._code[str(form)]] * self.ratio
+        more = wanted - now
+        found: Flags = (
+            (self._clock >= self._held_until)
+            & (now.sum() + more <= budget.nats * budget.margin_ratio)
+            & (now.sum(axis=1, keepdims=True) + more <= budget.nats * budget.layer_cap_ratio)
+            & (wanted <= budget.nats * budget.expert_cap_ratio)
+        )
+        return found
+
+    def knows(self, block: BlockId, form: Format | str) -> bool:
+        """Tell whether the table says what `block` in `form` costs; lossless formats cost none."""
+        named = is_lossless(form) or str(form) in self._code
+        return named and block.layer in self._row and block.index < self._experts
 
     def check_layer(self, layer: int, form: Format | str) -> str | None:
         """Say why all experts of `layer` together may not be in `form`, nothing else demoted."""

@@ -98,6 +98,8 @@ class LiveCheck:
         """The budget is the meter's."""
         self.bounds = bounds or LiveBounds()
         self.frozen = False
+        self.said = ""
+        """Why demotions are frozen, or were last: the bounds that were broken."""
         self._drift = drift
         self._kl: list[float] = []
         self._flips: list[bool] = []
@@ -168,7 +170,7 @@ class LiveCheck:
         if not found.broken:
             self._settle(found)
             return None
-        self.frozen, self._calm = True, 0
+        self.frozen, self._calm, self.said = True, 0, "; ".join(found.broken)
         before = self._drift.gamma
         self._drift.learn(found.upper if math.isfinite(found.upper) else found.mean)
         repairs = self._drift.repairs()

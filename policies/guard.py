@@ -4,6 +4,8 @@ Decides only refusals. Must not know why something was wanted. Each check return
 or a `Refusal` that names the bound, so that a veto can always be explained.
 The precision of a block is bounded twice: by floors, which a person sets for a layer or a block,
 and by measured drift (`DriftMeter`), which calibration and live checks keep. Either may refuse.
+The live check sits here too: `measured` takes pairs of steps that were computed twice, and after a
+broken bound nothing is demoted (`veto_drift`) and the worst blocks are named for repair.
 Invariants: no format below its floor, none that measured drift refuses, no drop of the last
 verified copy, no store over its budget in any intermediate state.
 """
@@ -13,12 +15,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from hotset.policies.drift_check import LiveCheck
 from hotset.policies.types import BlockId, Copy, Format, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from hotset.policies.drift import DriftMeter
+    from hotset.policies.drift_check import Tightening
 
 QUALITY: Mapping[Format, int] = {
     Format.BF16: 100,
@@ -64,13 +72,21 @@ class Guardrail:
     ) -> None:
         """`floor[layer]` is the cheapest format allowed there, `default_floor` elsewhere.
 
-        `block_floor` wins over both for its blocks. `drift` has to allow a format as well.
+        `block_floor` wins over both for its blocks. `drift` has to allow a format as well; with it
+        comes a live check.
         """
         self._floor = dict(floor or {})
         self._block_floor = dict(block_floor or {})
         self._drift = drift
+        self.check = None if drift is None else LiveCheck(drift)
         self._default = default_floor
         self._storage_is_verified = storage_is_verified
+        self._floor_follows = False  # floors are those of the drift meter, not a person's
+        self._repairing: dict[BlockId, None] = {}
+        self._repaired_ns = 0
+        self._pairs = 0
+        self.left_out = 0
+        """Pairs that were measured and are about an older mix."""
 
     @classmethod
     def from_sensitivity(
@@ -99,6 +115,7 @@ class Guardrail:
         single experts may go below it as far as the drift allows.
         """
         made = cls(floor=drift.floors(), drift=drift, storage_is_verified=storage_is_verified)
+        made._floor_follows = True
         cheapest = min(QUALITY, key=lambda form: QUALITY[form])
         made._block_floor = dict.fromkeys(drift.blocks(), cheapest)
         return made
@@ -107,8 +124,8 @@ class Guardrail:
         """Return the cheapest format that `layer` may use."""
         return self._floor.get(layer, self._default)
 
-    def check_demotion(self, block: BlockId, form: Format) -> Refusal | None:
-        """Say whether `block` may be computed with in `form`."""
+    def check_floor(self, block: BlockId, form: Format) -> Refusal | None:
+        """Say whether `form` is at or above the floor that a person has set for `block`."""
         own = self._block_floor.get(block)
         floor = self.floor(block.layer) if own is None else own
         if QUALITY[form] < QUALITY[floor]:
@@ -117,8 +134,102 @@ class Guardrail:
                 reason=Reason.VETO_PRECISION,
                 bound=f"{whose} has the precision floor {floor.value}, {form.value} is below it",
             )
+        return None
+
+    def check_demotion(self, block: BlockId, form: Format) -> Refusal | None:
+        """Say whether `block` may be computed with in `form`."""
+        refusal = self.check_floor(block, form)
+        if refusal is not None or QUALITY[form] == QUALITY[Format.BF16]:
+            return refusal
+        if self.check is not None and self.check.frozen:
+            return Refusal(
+                reason=Reason.VETO_DRIFT, bound=f"demotions are frozen: {self.check.said}"
+            )
         bound = None if self._drift is None else self._drift.check(block, form)
         return None if bound is None else Refusal(reason=Reason.VETO_PRECISION, bound=bound)
+
+    def may_compute(self, blocks: Sequence[BlockId], form: Format) -> NDArray[np.bool_]:
+        """Tell for each of `blocks`, [B], whether `check_demotion` lets it compute in `form`."""
+        found = np.array([self.check_floor(block, form) is None for block in blocks], dtype=bool)
+        if self._drift is None or QUALITY[form] == QUALITY[Format.BF16]:
+            return found
+        if self.check is not None and self.check.frozen:
+            return np.zeros(len(blocks), dtype=bool)
+        rows = {layer: row for row, layer in enumerate(self._drift.layers)}
+        allowed = self._drift.allowed(form)
+        known = [self._drift.knows(block, form) for block in blocks]
+        drift = [
+            known[at] and bool(allowed[rows[block.layer], block.index])
+            for at, block in enumerate(blocks)
+        ]
+        found &= np.array(drift, dtype=bool)
+        return found
+
+    # --- drift and the live check ---------------------------------------------------------------
+
+    @property
+    def drift(self) -> DriftMeter | None:
+        """What the resident formats cost by the table; None without one."""
+        return self._drift
+
+    def observe(self, counts: Mapping[BlockId, int], *, tokens: int) -> None:
+        """Take in tokens routed to each block: drift follows what is served."""
+        if self._drift is not None:
+            self._drift.observe(counts, tokens=tokens)
+
+    def resident(self, block: BlockId, forms: Iterable[Format], *, now_ns: int) -> None:
+        """Take in which formats devices compute `block` in from now on; the cheapest counts."""
+        worst = min(forms, key=lambda form: QUALITY[form], default=Format.BF16)
+        if self._drift is None or not self._drift.knows(block, worst):
+            return
+        if QUALITY[worst] < QUALITY[Format.BF16]:
+            if block not in self._repairing:  # else it was recorded as repaired, and is about to be
+                self._drift.set(block, worst)
+            return
+        self._drift.set(block, worst)
+        if block in self._repairing:
+            del self._repairing[block]
+            if not self._repairing:
+                self._repaired_ns = now_ns
+
+    @property
+    def repairing(self) -> tuple[BlockId, ...]:
+        """Blocks that have to go back to full precision and have not yet, worst first."""
+        return tuple(self._repairing)
+
+    def due(self) -> tuple[BlockId, ...]:
+        """Blocks that drift alone, as the text has shifted, sends back to full precision now."""
+        found = () if self._drift is None else self._drift.repairs()
+        self._repair(found)
+        return found
+
+    def measured(
+        self, kl: Sequence[float], flips: Sequence[bool], *, since_ns: int
+    ) -> Tightening | None:
+        """Take in pairs of a request that began at `since_ns`; say what a broken bound led to.
+
+        Pairs of requests that began before the last repairs were done are about the mix before
+        them and are left out.
+        """
+        if self.check is None or self._drift is None:
+            return None
+        if self._repairing or since_ns < self._repaired_ns:
+            self.left_out += len(kl)
+            return None
+        self._pairs += len(kl)
+        self.check.add(kl, flips)
+        found = self.check.step(self._pairs)
+        if found is not None:
+            self._floor = self._drift.floors() if self._floor_follows else self._floor
+            self._repair(found.repairs)
+        return found
+
+    def _repair(self, blocks: Iterable[BlockId]) -> None:
+        if self._drift is not None:
+            self._drift.repair(blocks := tuple(blocks))
+            self._repairing |= dict.fromkeys(blocks)
+
+    # --- copies and bytes -----------------------------------------------------------------------
 
     def check_drop(
         self, block: BlockId, copies: Iterable[Copy], *, going: Copy | None = None

@@ -76,6 +76,9 @@ class Reason(StrEnum):
     PRESSURE = "pressure"  # compute needs the link or the memory
     VETO_LATE = "veto_late"  # refused: it cannot land in time
     VETO_SOONER = "veto_sooner"  # refused: it would displace something that is needed sooner
+    VETO_DRIFT = "veto_drift"  # refused: the live check measured more than the quality budget
+    REPAIR = "repair"  # back to full precision: the measured drift is over the budget
+    CHECK = "check"  # the live check computes a step again at full precision
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -269,6 +272,22 @@ class Concurrency:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DriftMeasured:
+    """Tokens of one request that were computed again at full precision, off the token path.
+
+    `kl` is the divergence of each in nats, `flips` whether its top choice changed; `since_ns` is
+    when the request began, `spent_ns` what computing again took.
+    """
+
+    now_ns: int
+    store: str
+    since_ns: int
+    kl: tuple[float, ...]
+    flips: tuple[bool, ...]
+    spent_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time has passed."""
 
@@ -286,6 +305,7 @@ Event = (
     | LayerTimes
     | Pressure
     | Concurrency
+    | DriftMeasured
     | Tick
 )
 

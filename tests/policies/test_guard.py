@@ -122,3 +122,93 @@ def test_int2_of_a_sensitive_layer_is_refused_as_a_whole() -> None:
     refusal = drift_of(0.002).check_layer(0, Format.INT2)
     assert refusal is not None
     assert "layer 0 in int2" in refusal
+
+
+@pytest.mark.parametrize("nats", [0.0, 1e-5, 0.0001, 0.002])
+@pytest.mark.parametrize("form", [Format.BF16, Format.BF16Z, Format.INT8, Format.INT2, Format.NF4])
+def test_asking_for_all_blocks_at_once_gives_what_asking_for_each_gives(
+    nats: float, form: Format
+) -> None:
+    drift = drift_of(nats)
+    guard = Guardrail(default_floor=Format.INT2, drift=drift)
+    for block in (BlockId(3, 0), BlockId(3, 1)):
+        if guard.check_demotion(block, Format.INT4) is None:
+            guard.resident(block, [Format.INT4], now_ns=0)
+    blocks = [BlockId(layer, expert) for layer in (0, 3, 7) for expert in range(3)]
+    each = [guard.check_demotion(block, form) is None for block in blocks]
+    assert guard.may_compute(blocks, form).tolist() == each
+
+
+# --- the live check, as the brain asks it -------------------------------------------------------
+
+MUCH = ([0.1] * 32, [True] * 32)
+CALM = ([1e-5] * 64, [False] * 64)
+
+
+def zeros() -> tuple[Guardrail, tuple[BlockId, ...]]:
+    """A guardrail that believes a table of zeros, with everything demoted."""
+    drift = drift_of(0.002)
+    costs = Costs(
+        formats=drift.costs.formats, nbytes=drift.costs.nbytes, nats=np.zeros_like(drift.costs.nats)
+    )
+    guard = Guardrail.from_drift(
+        DriftMeter(costs, layers=(0, 3), frequency=np.full((2, 3), 0.5), budget=drift.budget)
+    )
+    assert guard.drift is not None
+    blocks = guard.drift.blocks()
+    for block in blocks:
+        assert guard.check_demotion(block, Format.INT2) is None
+        guard.resident(block, [Format.BF16, Format.INT2], now_ns=1)
+    return guard, blocks
+
+
+def test_a_broken_bound_freezes_demotions_tightens_floors_and_names_repairs() -> None:
+    guard, blocks = zeros()
+    assert guard.floor(0) is Format.INT2
+    found = guard.measured(*MUCH, since_ns=5)
+    assert found is not None
+    assert found.repairs == guard.repairing
+    assert set(found.repairs) <= set(blocks)
+    assert found.repairs
+    refusal = guard.check_demotion(blocks[0], Format.INT8)
+    assert refusal is not None
+    assert refusal.reason is Reason.VETO_DRIFT
+    assert "nats" in refusal.bound
+    assert guard.check_demotion(blocks[0], Format.BF16Z) is None
+    assert not guard.may_compute(blocks, Format.INT8).any()
+    assert QUALITY[guard.floor(0)] > QUALITY[Format.INT2]
+
+
+def test_pairs_about_the_mix_before_the_repairs_are_left_out() -> None:
+    guard, _ = zeros()
+    assert guard.measured(*MUCH, since_ns=5) is not None
+    assert guard.measured(*MUCH, since_ns=6) is None, "repairs are still to be done"
+    for block in guard.repairing:
+        guard.resident(block, [Format.INT2], now_ns=7)
+    assert guard.repairing, "a report from before the repair changes nothing"
+    for block in guard.repairing:
+        guard.resident(block, [Format.BF16], now_ns=9)
+    assert not guard.repairing
+    assert guard.measured(*MUCH, since_ns=8) is None, "that request began before they were done"
+    assert guard.left_out == 64
+    for _ in range(2):
+        assert guard.measured(*CALM, since_ns=10) is None
+    assert guard.check is not None
+    assert not guard.check.frozen, "two calm checks thaw"
+
+
+def test_drift_inside_the_budget_raises_nothing() -> None:
+    guard = Guardrail.from_drift(drift_of(0.002))
+    guard.resident(BlockId(3, 0), [Format.INT2], now_ns=0)
+    for at in range(20):
+        assert guard.measured(*CALM, since_ns=at) is None
+    assert guard.repairing == ()
+    assert guard.due() == ()
+    assert guard.check_demotion(BlockId(3, 1), Format.INT2) is None
+
+
+def test_without_a_table_there_is_nothing_to_check() -> None:
+    guard = Guardrail(default_floor=Format.INT8)
+    assert guard.measured(*MUCH, since_ns=1) is None
+    guard.resident(BlockId(0, 0), [Format.INT8], now_ns=0)
+    assert guard.due() == ()
