@@ -1,9 +1,9 @@
 """A store's memory: one region of slots, registered once, never unmapped.
 
 Moves no bytes between processes; keeps who owns which bytes. The region is cut into super-slots
-of one fixed stride. A super-slot serves one full-size copy or two reduced ones (an int8 copy has
-half the bytes), so precision is a lever on how many copies fit; it belongs to one of the two
-classes while any part of it is in use (as in a SLUB allocator). Free super-slots are reused
+of one fixed stride. A super-slot serves one full-size copy or several equal parts for reduced ones
+(two for int8, three for int4), so precision is a lever on how many copies fit; it belongs to one
+class of parts while any of them is in use (as in a SLUB allocator). Free super-slots are reused
 oldest first, which gives remote readers of a retired copy the longest time to finish.
 
     FREE -allocate-> FILLING -publish-> READY -retire-> DRAINING -last unpin-> FREE
@@ -58,7 +58,7 @@ class Slot:
 
     offset: int
     nbytes: int
-    unit: int  # 2 x super-slot + part
+    unit: int  # most parts of any class x super-slot + part
     serial: int
 
     @property
@@ -67,13 +67,27 @@ class Slot:
         return self.offset + HEADER_BYTES
 
 
-def slot_stride(slot_payload_bytes: int, reduced_payload_bytes: int | None = None) -> int:
-    """Bytes of one super-slot, headers included: what one full-size copy costs of a budget."""
+def slot_stride(slot_payload_bytes: int, *reduced_payload_bytes: int | None) -> int:
+    """Bytes of one super-slot, headers included: what one full-size copy costs of a budget.
+
+    It has room for two copies of the largest reduced size.
+    """
     full = HEADER_BYTES + _round(slot_payload_bytes)
-    if reduced_payload_bytes is None:
+    reduced = [nbytes for nbytes in reduced_payload_bytes if nbytes is not None]
+    if not reduced:
         return full
-    half = HEADER_BYTES + _round(reduced_payload_bytes)
+    half = HEADER_BYTES + _round(max(reduced))
     return 2 * max(half, -(-full // (2 * ALIGN)) * ALIGN)
+
+
+def slot_parts(nbytes: int, *, stride: int) -> int:
+    """How many payloads of `nbytes` one super-slot of `stride` bytes serves, at least one."""
+    return max(1, stride // (HEADER_BYTES + _round(nbytes)))
+
+
+def part_bytes(parts: int, *, stride: int) -> int:
+    """Bytes of one of the equal parts of a super-slot, header included: what a copy costs."""
+    return stride // parts // ALIGN * ALIGN
 
 
 def _round(nbytes: int) -> int:
@@ -91,15 +105,27 @@ class Slab:
         device: str = "cpu",
         name: str,
         incarnation: int,
-        reduced_payload_bytes: int | None = None,
+        reduced_payload_bytes: int | tuple[int, ...] | None = None,
     ) -> None:
-        """Reserve the memory. Raises ConfigError when the budget holds not even one slot."""
+        """Reserve the memory. Raises ConfigError when the budget holds not even one slot.
+
+        `reduced_payload_bytes`: payload sizes below the full one, a class of parts for each.
+        """
         self.name = name
         self.incarnation = incarnation
         self.device = device
         self.slot_payload_bytes = slot_payload_bytes
-        self.reduced_payload_bytes = reduced_payload_bytes
-        self.stride_bytes = slot_stride(slot_payload_bytes, reduced_payload_bytes)
+        reduced = reduced_payload_bytes or ()
+        self.reduced_payload_bytes = (reduced,) if isinstance(reduced, int) else reduced
+        self.stride_bytes = slot_stride(slot_payload_bytes, *self.reduced_payload_bytes)
+        stride = self.stride_bytes
+        self._classes = sorted(
+            {1} | {slot_parts(size, stride=stride) for size in self.reduced_payload_bytes},
+            reverse=True,
+        )
+        self._most = max(2, self._classes[0])
+        self._size = {parts: part_bytes(parts, stride=stride) for parts in self._classes}
+        self._size[1] = stride
         self.super_slots = capacity_bytes // self.stride_bytes
         if self.super_slots < 1:
             raise ConfigError(
@@ -116,14 +142,16 @@ class Slab:
             )
         )
         self._lock = threading.Lock()
-        units = 2 * self.super_slots
+        units = self._most * self.super_slots
         self._state = [SlotState.FREE] * units
         self._pins = [0] * units
         self._serial = [0] * units
         self._generation = 0
-        self._parts = [0] * self.super_slots  # 0 free, 1 one full copy, 2 reduced copies
+        self._parts = [0] * self.super_slots  # 0 free, 1 one full copy, n reduced copies
         self._free: deque[int] = deque(range(self.super_slots))  # super-slots of no class
-        self._free_halves: deque[int] = deque()  # free units beside a used reduced copy
+        self._free_parts: dict[int, deque[int]] = {  # free units beside a used one, by class
+            parts: deque() for parts in self._classes
+        }
         self._used_bytes = 0
 
     # --- facts ----------------------------------------------------------------------------------
@@ -146,9 +174,8 @@ class Slab:
     def free_slots(self, nbytes: int) -> int:
         """How many payloads of `nbytes` could be allocated now."""
         with self._lock:
-            if self._is_reduced(nbytes):
-                return 2 * len(self._free) + len(self._free_halves)
-            return len(self._free)
+            parts = self._class(nbytes)
+            return parts * len(self._free) + len(self._free_parts[parts])
 
     def state(self, slot: Slot) -> SlotState:
         """State of this use of the slot; FREE when the use has ended."""
@@ -168,7 +195,7 @@ class Slab:
 
         Raises ConfigError when no slot of this slab can ever hold that many bytes.
         """
-        reduced = self._is_reduced(nbytes)
+        parts = self._class(nbytes)
         if nbytes > self.slot_payload_bytes:
             raise ConfigError(
                 f"store {self.name!r}: a payload of {nbytes} bytes exceeds its slots of "
@@ -176,7 +203,7 @@ class Slab:
                 remedy="build the slab with the size of the largest block",
             )
         with self._lock:
-            unit = self._take(reduced=reduced)
+            unit = self._take(parts)
             if unit is None:
                 return None
             self._state[unit] = SlotState.FILLING
@@ -320,8 +347,10 @@ class Slab:
 
     # --- inside, with the lock held ---------------------------------------------------------------
 
-    def _is_reduced(self, nbytes: int) -> bool:
-        return self.reduced_payload_bytes is not None and nbytes <= self.reduced_payload_bytes
+    def _class(self, nbytes: int) -> int:
+        """The most parts of a super-slot that each hold a payload of `nbytes`."""
+        need = HEADER_BYTES + _round(nbytes)
+        return next((parts for parts in self._classes if need <= self._size[parts]), 1)
 
     def _length(self, slot: Slot, nbytes: int | None) -> int:
         if nbytes is None:
@@ -331,34 +360,43 @@ class Slab:
         return nbytes
 
     def _offset(self, unit: int) -> int:
-        return (unit >> 1) * self.stride_bytes + (unit & 1) * (self.stride_bytes // 2)
+        index, part = divmod(unit, self._most)
+        return index * self.stride_bytes + part * self._size[self._parts[index] or 1]
 
     def _unit_bytes(self, unit: int) -> int:
-        return self.stride_bytes // 2 if self._parts[unit >> 1] == 2 else self.stride_bytes
+        return self._size[self._parts[unit // self._most]]
 
-    def _take(self, *, reduced: bool) -> int | None:
-        if reduced and self._free_halves:
-            return self._free_halves.popleft()
+    def _take(self, parts: int) -> int | None:
+        beside = self._free_parts[parts]
+        if beside:
+            return beside.popleft()
         if not self._free:
             return None
         index = self._free.popleft()
-        self._parts[index] = 2 if reduced else 1
-        if reduced:
-            self._free_halves.append(2 * index + 1)
-        return 2 * index
+        self._parts[index] = parts
+        first = self._most * index
+        beside.extend(range(first + 1, first + parts))
+        return first
 
     def _release(self, unit: int) -> None:
         self._used_bytes -= self._unit_bytes(unit)
         self._state[unit] = SlotState.FREE
         self._pins[unit] = 0
-        index = unit >> 1
-        if self._parts[index] == 2 and self._state[unit ^ 1] is not SlotState.FREE:
-            self._free_halves.append(unit)
+        index = unit // self._most
+        units = self._units(index)
+        beside = self._free_parts[len(units)]
+        if any(self._state[other] is not SlotState.FREE for other in units):
+            beside.append(unit)
             return
-        if self._parts[index] == 2:
-            self._free_halves.remove(unit ^ 1)
+        for other in units:
+            if other != unit:
+                beside.remove(other)
         self._parts[index] = 0
         self._free.append(index)
+
+    def _units(self, index: int) -> range:
+        """Units of a super-slot in its class."""
+        return range(self._most * index, self._most * index + self._parts[index])
 
     def _give_back(self, slot: Slot, state: SlotState, move: str) -> None:
         with self._lock:
@@ -389,11 +427,12 @@ class Slab:
             raise AssertionError(f"slab {self.name!r}: " + "; ".join(wrong))
 
     def _findings(self) -> list[tuple[str, bool]]:
-        states, free, halves = self._state, list(self._free), list(self._free_halves)
+        states, free = self._state, list(self._free)
         busy = [u for u, state in enumerate(states) if state is not SlotState.FREE]
         used = sum(self._unit_bytes(u) for u in busy)
-        live = {u >> 1 for u in busy}
-        beside = {u ^ 1 for u in busy if self._parts[u >> 1] == 2} - set(busy)
+        live = {u // self._most for u in busy}
+        parts = sorted(u for units in self._free_parts.values() for u in units)
+        beside = {u for index in live for u in self._units(index)} - set(busy)
         return [
             (f"used {self._used_bytes} bytes, counted {used}", used != self._used_bytes),
             (f"used {used} bytes of {self.capacity_bytes}", used > self.capacity_bytes),
@@ -406,13 +445,10 @@ class Slab:
             ("a free super-slot has a class", any(self._parts[i] for i in free)),
             ("a used super-slot has no class", any(not self._parts[i] for i in live)),
             (
-                "the second part of a full copy is used",
-                any(u & 1 and self._parts[u >> 1] == 1 for u in busy),
+                "a part outside its super-slot's class is used",
+                any(u not in self._units(u // self._most) for u in busy),
             ),
-            (
-                "the free halves are not those beside reduced copies",
-                sorted(halves) != sorted(beside),
-            ),
+            ("the free parts are not those beside reduced copies", parts != sorted(beside)),
             (
                 "a pin is held on a slot that is neither READY nor DRAINING",
                 any(
@@ -440,8 +476,12 @@ class Slab:
         ]
 
     def _shadowed(self) -> set[int]:
-        """Second parts of full-size copies: their offset lies inside a payload."""
-        return {2 * i + 1 for i, parts in enumerate(self._parts) if parts != 2}
+        """Units that are no part of their super-slot's class: their bytes belong to others."""
+        return {
+            self._most * index + part
+            for index, parts in enumerate(self._parts)
+            for part in range(max(1, parts), self._most)
+        }
 
     def _header_at(self, unit: int) -> Header | None:
         return Header.unpack(self.memory.read(self._offset(unit), HEADER_BYTES))

@@ -80,9 +80,13 @@ def test_a_key_of_another_length_is_refused() -> None:
         ).pack()
 
 
-def _slab(slots: int = 4, *, full: int = 1000, reduced: int | None = 500) -> Slab:
+Reduced = int | tuple[int, ...] | None
+
+
+def _slab(slots: int = 4, *, full: int = 1000, reduced: Reduced = 500) -> Slab:
+    sizes = reduced if isinstance(reduced, tuple) else (reduced,)
     return Slab(
-        capacity_bytes=slots * slot_stride(full, reduced),
+        capacity_bytes=slots * slot_stride(full, *sizes),
         slot_payload_bytes=full,
         reduced_payload_bytes=reduced,
         name="test",
@@ -138,6 +142,20 @@ def test_stride_fits_uneven_reduced_copies() -> None:
         assert slot is not None
         slab.write_payload(slot, bytes([seed]) * 700)
     assert [bytes(slab.payload(s)) for s in slots if s] == [bytes([i]) * 700 for i in range(4)]
+
+
+def test_smaller_formats_share_a_super_slot_among_more_copies() -> None:
+    slab = _slab(2, reduced=(500, 240, 100))
+    thirds = [slab.allocate(240) for _ in range(3)]
+    assert len({slot.offset // slab.stride_bytes for slot in thirds if slot}) == 1
+    assert slab.free_slots(100) == slab.stride_bytes // (64 + 128)
+    assert slab.free_slots(1000) == 1  # the rest of the first super-slot is for thirds only
+    assert slab.used_bytes <= slab.stride_bytes
+    for slot in thirds:
+        assert slot is not None
+        slab.fail(slot)
+    assert slab.free_slots(1000) == 2
+    slab.check_integrity()
 
 
 def test_a_pinned_slot_drains_until_the_last_reader_goes() -> None:
@@ -221,7 +239,7 @@ class SlabMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slab = _slab(3)
+        self.slab = _slab(3, reduced=(500, 240, 100))
         self.slots: dict[Slot, SlotState] = {}
         self.pins: dict[Slot, int] = {}
         self.generation = 0
@@ -229,7 +247,7 @@ class SlabMachine(RuleBasedStateMachine):
     def _pick(self, data: st.DataObject) -> Slot:
         return data.draw(st.sampled_from(sorted(self.slots, key=lambda s: (s.unit, s.serial))))
 
-    @rule(nbytes=st.sampled_from([1, 500, 501, 1000]))
+    @rule(nbytes=st.sampled_from([1, 100, 240, 500, 501, 1000]))
     def allocate(self, nbytes: int) -> None:
         room = self.slab.free_slots(nbytes)
         slot = self.slab.allocate(nbytes)
