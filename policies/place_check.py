@@ -90,6 +90,16 @@ def _per_device(value: Any, *, name: str, devices: int) -> Floats:
     return array
 
 
+def check_speed(speed: Any, *, devices: int) -> Floats:
+    """Return [D]; equal devices by default."""
+    if speed is None:
+        return np.ones(devices)
+    pace = _per_device(speed, name="speed", devices=devices)
+    if (pace <= 0).any():
+        raise ValueError("speed must be positive; give a dead device a capacity of 0 instead")
+    return pace
+
+
 def check_cluster(  # noqa: PLR0913 - the facts about a cluster, by name
     *,
     num_devices: int,
@@ -109,9 +119,7 @@ def check_cluster(  # noqa: PLR0913 - the facts about a cluster, by name
         raise ValueError(f"num_slots {slots} cannot hold {num_experts} experts; give more slots")
     if nodes > devices or devices % nodes:
         raise ValueError(f"num_nodes {nodes} must divide num_devices {devices}")
-    pace = np.ones(devices) if speed is None else _per_device(speed, name="speed", devices=devices)
-    if (pace <= 0).any():
-        raise ValueError("speed must be positive; give a dead device a capacity of 0 instead")
+    pace = check_speed(speed, devices=devices)
     room = np.full(devices, np.inf)
     if capacity is not None:
         room = _per_device(capacity, name="capacity", devices=devices)

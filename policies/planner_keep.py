@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hotset.policies.planner_flow import level_layer
 from hotset.policies.planner_jit import compiled
 from hotset.policies.planner_kernels import (
     Fleet,
@@ -28,7 +29,6 @@ from hotset.policies.planner_kernels import (
     write,
 )
 from hotset.policies.planner_layers import Prices, blank, price_copies, repair
-from hotset.policies.shares import level_layer
 
 KEEP_REACH = 0.8
 """Reach of the search, see `planner_kernels.search`."""

@@ -93,8 +93,8 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the planner that finds no numba."""
     monkeypatch.setitem(sys.modules, "numba", None)
     order = (
-        "planner_jit", "planner_kernels", "planner_layers", "shares", "planner_keep",
-        "planner_mix", "place",
+        "planner_jit", "planner_flow", "planner_kernels", "planner_layers", "shares",
+        "planner_keep", "planner_mix", "place",
     )  # fmt: skip
     for name in order:
         full = f"hotset.policies.{name}"

@@ -116,6 +116,8 @@ def test_shares_alone_recover_half_of_what_drift_cost_and_few_moves_the_rest() -
 def test_what_cannot_be_split_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="num_devices"):
         best_shares([[0, 1, 0]], [[1.0, 1.0]], num_devices=2)
+    with pytest.raises(ValueError, match="speed"):
+        best_shares([[0, 1]], [[1.0, 1.0]], num_devices=2, speed=[1.0, 0.0])
     with pytest.raises(ValueError, match="load"):
         best_shares([[0, 1]], [[1.0, -1.0]], num_devices=2)
     with pytest.raises(ValueError, match=r"current|slots"):
