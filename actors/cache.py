@@ -40,6 +40,7 @@ class Held(NamedTuple):
     source: str = ""
     transfer_id: int = 0
     reason: Reason = Reason.DEMAND
+    trace: tuple[int, int] = (0, 0)  # of the request that asked for the transfer
 
 
 class Lost(NamedTuple):
@@ -261,6 +262,7 @@ class HotCache:
                             source=landing.source,
                             transfer_id=landing.transfer_id,
                             reason=flight.reason,
+                            trace=landing.trace,
                         )
                     )
                 self._store.unpin(landing.slot)  # the pin that it arrived with

@@ -20,7 +20,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from hotset.actors import names
@@ -168,6 +168,7 @@ class _Attribute(msgspec.Struct, gc=False):
 
 
 class _Link(msgspec.Struct, gc=False, rename="camel"):
+    trace_id: str
     span_id: str
     attributes: list[_Attribute] = []
 
@@ -182,6 +183,7 @@ class _Span(msgspec.Struct, gc=False, rename="camel"):
     name: str
     start_time_unix_nano: int
     end_time_unix_nano: int
+    kind: int = 1
     parent_span_id: str = ""
     attributes: list[_Attribute] = []
     links: list[_Link] = []
@@ -224,28 +226,33 @@ def readable_spans(text: str) -> list[ReadableSpan]:
 
 
 def _readable(span: _Span, *, resource: Resource, scope: InstrumentationScope) -> ReadableSpan:
-    trace = int(span.trace_id, 16)
     message = span.status.message
+    serves = span.kind == _SERVER
+    parent = span.parent_span_id
     return ReadableSpan(
         span.name,
-        context=_context(trace, span.span_id),
-        parent=_context(trace, span.parent_span_id) if span.parent_span_id else None,
+        context=_context(span.trace_id, span.span_id),
+        parent=_context(span.trace_id, parent, is_remote=serves) if parent else None,
+        kind=SpanKind.SERVER if serves else SpanKind.INTERNAL,
         resource=resource,
         instrumentation_scope=scope,
         attributes=_plain(span.attributes),
-        links=[Link(_context(trace, one.span_id), _plain(one.attributes)) for one in span.links],
+        links=[
+            Link(_context(one.trace_id, one.span_id), _plain(one.attributes)) for one in span.links
+        ],
         start_time=span.start_time_unix_nano,
         end_time=span.end_time_unix_nano,
         status=Status(StatusCode.ERROR, message) if message else Status(),
     )
 
 
-def _context(trace: int, span_id: str) -> SpanContext:
-    return SpanContext(trace, int(span_id, 16), is_remote=False, trace_flags=_SAMPLED)
+def _context(trace: str, span_id: str, *, is_remote: bool = False) -> SpanContext:
+    return SpanContext(int(trace, 16), int(span_id, 16), is_remote, trace_flags=_SAMPLED)
 
 
 def _plain(attributes: list[_Attribute]) -> dict[str, Any]:
     return {one.key: one.value.plain() for one in attributes}
 
 
+_SERVER = 2  # as the file spells it
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)

@@ -66,6 +66,7 @@ class Landing:
     reason: Reason
     error: str = ""
     no_slot: bool = False
+    trace: tuple[int, int] = (0, 0)  # in which the transfer's span stands
 
 
 @dataclass(slots=True, kw_only=True)
@@ -166,7 +167,8 @@ class Fetcher:
                 self._count(item.source, want.nbytes)
                 if want.format is Format.BF16:
                     self._checksums.setdefault(want.block, item.checksum)
-                self._end(want, item, source=item.source, transfer_id=transfer_id)
+                trace = group[0].trace  # one span context for all that travels together
+                self._end(want, item, source=item.source, transfer_id=transfer_id, trace=trace)
             else:
                 error = item.error or item.status.value
                 self._next_source(want, transfer_id=transfer_id, error=error)
@@ -211,6 +213,7 @@ class Fetcher:
         transfer_id: int,
         error: str = "",
         no_slot: bool = False,
+        trace: tuple[int, int] = (0, 0),
     ) -> None:
         want.on_end(
             Landing(
@@ -225,6 +228,7 @@ class Fetcher:
                 reason=want.reason,
                 error=error,
                 no_slot=no_slot,
+                trace=trace,
             )
         )
 

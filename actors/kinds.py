@@ -9,6 +9,10 @@ who writes or reads them. Numbers begin at 16, so that both enums may grow; they
 | SCALE | source: the store; reason; index: epoch |
 | VETO | source: the store; layer, index, format; reason; queue_ns: name of the bound, plus 1 |
 | USE | layer, index, format; reason and nbytes of the transfer; waits_for: its id; used |
+| REQUEST | source: worker; index: tokens; queue_ns: time to the first; wire_ns: prompt's tokens |
+
+A WAIT names the trace of what it waited for in queue_ns and wire_ns (`tracecontext.signed` halves);
+a USE stands in the trace of its transfer.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ class ControlKind(IntEnum):
     SCALE = 17
     VETO = 18
     USE = 19
+    REQUEST = 20
 
 
 KINDS = (*(int(kind) for kind in Kind), *(int(kind) for kind in ControlKind))

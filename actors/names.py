@@ -54,7 +54,7 @@ SCOPE = "hotset"
 SERVICE_NAME = Attribute(name="service.name", meaning="always `hotset`")
 SERVICE_INSTANCE = Attribute(name="service.instance.id", meaning="the store, as in hotset.store")
 HOST_NAME = Attribute(name="host.name", meaning="the node that the store lives on")
-RUN = Attribute(name="hotset.run", meaning="id of the run; all spans of a run form one trace")
+RUN = Attribute(name="hotset.run", meaning="id of the run; its requests are traces of their own")
 STORE = Attribute(name="hotset.store", meaning="the store whose rows these are")
 TIER = Attribute(name="hotset.tier", meaning="tier of the store: hbm, host, cxl, storage")
 EMULATED = Attribute(name="hotset.emulated", meaning="what is emulated, for instance `cxl: paced`")
@@ -117,7 +117,13 @@ USED = Attribute(
 )
 ATTEMPT = Attribute(name="hotset.attempt", meaning="number of earlier attempts; absent when none")
 REQUEST = Attribute(
-    name="hotset.request.trace_id", meaning="trace id of the request, 32 hex digits"
+    name="hotset.request.trace_id",
+    meaning="trace id of the request, 32 hex digits; in older traces, where a run was one trace",
+)
+WORKER = Attribute(name="hotset.worker", meaning="worker that served the request, the last of them")
+PROMPT_TOKENS = Attribute(name="hotset.prompt.tokens", meaning="tokens of the prompt")
+FIRST_TOKEN = Attribute(
+    name="hotset.first_token_ns", unit="ns", meaning="time from the request to its first token"
 )
 EPOCH = Attribute(name="hotset.epoch", meaning="epoch in force when the span ended")
 TARGET = Attribute(name="hotset.target", meaning="store that joined, left, was lost or was refused")
@@ -133,7 +139,8 @@ USED_LINK = "used"
 
 SPAN_ATTRIBUTES = (
     SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, TOKENS, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
-    ACTIVATE, USED, ATTEMPT, REQUEST, EPOCH, TARGET, STARTS, DROPS, BOUND, LINK,
+    ACTIVATE, USED, ATTEMPT, REQUEST, EPOCH, TARGET, STARTS, DROPS, BOUND, LINK, WORKER,
+    PROMPT_TOKENS, FIRST_TOKEN,
 )  # fmt: skip
 
 # --- spans ----------------------------------------------------------------------------------------
@@ -148,28 +155,33 @@ SPAN_TRANSFER = Span(
     meaning="one block arrived at a store, or did not",
     attributes=(
         SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
-        ACTIVATE, USED, ATTEMPT, REQUEST,
+        ACTIVATE, USED, ATTEMPT,
     ),
 )  # fmt: skip
+SPAN_REQUEST = Span(
+    name="hotset.request",
+    meaning="a request from its arrival at the front to its last token; child of the caller's span",
+    attributes=(WORKER, TOKENS, PROMPT_TOKENS, FIRST_TOKEN, ATTEMPT, CODE),
+)
 SPAN_STEP = Span(
     name="hotset.compute.step",
     meaning="one forward pass of one request; links to each transfer that it waited for",
-    attributes=(TOKENS, CODE, REQUEST),
+    attributes=(TOKENS, CODE),
 )
 SPAN_LAYER = Span(
     name="hotset.compute.layer",
     meaning="one MoE layer of one step (sampled), or a layer computed for a peer",
-    attributes=(LAYER, TOKENS, CODE, REQUEST),
+    attributes=(LAYER, TOKENS, CODE),
 )
 SPAN_WAIT = Span(
     name="hotset.wait",
     meaning="a stall: compute of the parent step waited; link to the transfer or dispatch",
-    attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, REQUEST),
+    attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE),
 )
 SPAN_DISPATCH = Span(
     name="hotset.dispatch",
     meaning="tokens went to a peer that has the expert, and its result came back",
-    attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES, REQUEST),
+    attributes=(SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, REASON, CODE, NBYTES),
 )
 SPAN_SCALE = Span(
     name="hotset.scale",
@@ -188,8 +200,8 @@ SPAN_USE = Span(
     attributes=(LAYER, INDEX, FORMAT, REASON, NBYTES, USED, CODE),
 )
 SPANS = (
-    SPAN_PLAN, SPAN_TRANSFER, SPAN_STEP, SPAN_LAYER, SPAN_WAIT, SPAN_DISPATCH, SPAN_SCALE,
-    SPAN_VETO, SPAN_USE,
+    SPAN_REQUEST, SPAN_PLAN, SPAN_TRANSFER, SPAN_STEP, SPAN_LAYER, SPAN_WAIT, SPAN_DISPATCH,
+    SPAN_SCALE, SPAN_VETO, SPAN_USE,
 )  # fmt: skip
 
 # --- metrics --------------------------------------------------------------------------------------

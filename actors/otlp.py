@@ -22,7 +22,9 @@ ERROR_STATUS = 2
 """OTLP's STATUS_CODE_ERROR."""
 
 _INTERNAL = 1  # SPAN_KIND_INTERNAL
+_SERVER = 2  # SPAN_KIND_SERVER
 _FLAGS = 256  # SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE: known, and not remote
+_REMOTE = 512  # SPAN_FLAGS_CONTEXT_IS_REMOTE: the parent came with a message from outside
 
 
 def quote(text: str) -> str:
@@ -53,13 +55,9 @@ def int_prefix(key: names.Attribute) -> str:
 INT_SUFFIX = '"}}'
 
 
-def link_fragment(trace_id: int, *, kind_of_link: str = names.WAITED_ON) -> tuple[str, str]:
-    """Text before and after the span id of a link."""
-    kind = attribute(names.LINK, kind_of_link)
-    return (
-        f'{{"traceId":"{trace_id:032x}","spanId":"',
-        f'","attributes":[{kind}],"flags":{_FLAGS}}}',
-    )
+def link_text(trace: str, span_id: int, *, kind: str) -> str:
+    """Text of a link; `trace` is 32 hex digits, `kind` one of the values of `hotset.link`."""
+    return f'{{"traceId":"{trace}","spanId":"{span_id:016x}",{_LINK_ENDS[kind]}'
 
 
 def span_text(  # noqa: PLR0913 - a span's fields, without an object, once per row
@@ -73,15 +71,21 @@ def span_text(  # noqa: PLR0913 - a span's fields, without an object, once per r
     attributes: str,
     links: str = "",
     error: str = "",
+    serves: bool = False,
 ) -> str:
-    """Text of one span; `attributes` and `links` are joined JSON, `trace` is 32 hex digits."""
+    """Text of one span; `attributes` and `links` are joined JSON, `trace` is 32 hex digits.
+
+    With `serves` it is the span of a server, and its parent is the caller's.
+    """
     parent_text = f'"parentSpanId":"{parent:016x}",' if parent else ""
     links_text = f'"links":[{links}],' if links else ""
     attributes_text = f'"attributes":[{attributes}],' if attributes else ""
     status = f'{{"message":"{error}","code":{ERROR_STATUS}}}' if error else "{}"
+    flags = _FLAGS | _REMOTE if serves and parent else _FLAGS
     return (
-        f'{{"traceId":"{trace}","spanId":"{span_id:016x}",{parent_text}"flags":{_FLAGS},'
-        f'"name":"{name}","kind":{_INTERNAL},"startTimeUnixNano":"{start_ns}",'
+        f'{{"traceId":"{trace}","spanId":"{span_id:016x}",{parent_text}"flags":{flags},'
+        f'"name":"{name}","kind":{_SERVER if serves else _INTERNAL},'
+        f'"startTimeUnixNano":"{start_ns}",'
         f'"endTimeUnixNano":"{end_ns}",{attributes_text}{links_text}"status":{status}}}'
     )
 
@@ -101,3 +105,10 @@ def line(
         f'{{"resourceSpans":[{{"resource":{{"attributes":[{resource_text}]}},"scopeSpans":'
         f'[{{"scope":{{"name":"{names.SCOPE}"{scope_attributes}}}{spans_text}}}]}}]}}\n'
     )
+
+
+_LINK_ENDS = {
+    kind: f'"attributes":[{attribute(names.LINK, kind)}],"flags":{_FLAGS}}}'
+    for kind in (names.WAITED_ON, names.USED_LINK)
+}
+"""Text behind the span id of a link, by its kind."""

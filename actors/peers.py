@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hotset.actors.directory import Directory
+    from hotset.actors.tracecontext import TraceContext
 
 
 def actor_name(run: str, store: str) -> str:
@@ -54,12 +55,19 @@ class RayPeers:
         self._handles: dict[str, Any] = {}
 
     def compute(
-        self, store: str, *, layer: int, parts: Sequence[tuple[int, torch.Tensor]], timeout_s: float
+        self,
+        store: str,
+        *,
+        layer: int,
+        parts: Sequence[tuple[int, torch.Tensor]],
+        timeout_s: float,
+        asked: TraceContext,
     ) -> dict[int, torch.Tensor | None]:
         """As `Peers.compute`."""
         request = ComputeRequest(
             epoch=self._directory.epoch,
             deadline_ns=time.time_ns() + int(timeout_s * 1e9),
+            traceparent=asked.header,
             layer=layer,
             parts=tuple(
                 ExpertRows(expert=expert, count=rows.shape[0], data=rows_to_bytes(rows))

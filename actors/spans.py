@@ -3,11 +3,12 @@
 Moves nothing but telemetry and decides only what is kept when there is too much. Must not know Ray,
 actors or placement: the Telemetry actor hands batches in.
 
-**One trace a run.** Every span of a run, on all nodes, carries the run's trace id
-(`run_trace_id(run)`); the trace id of the request stands in `hotset.request.trace_id`. A step may
-wait for a transfer that another request caused, and the transfer's row may arrive later or be lost;
-with one trace id a link needs only the transfer's row id, which the WAIT row has. So every link can
-be written at once and resolves in any order of arrival.
+**One trace a request.** What a request does and causes carries its trace id: its steps, waits,
+dispatches (on both sides) and the transfers that it asked for. What nobody's request caused (plans,
+background transfers, scaling) stands in the run's own trace (`run_trace_id(run)`); a row without a
+trace means that one. A step may wait for a transfer that another request caused, and the transfer's
+row may arrive later or be lost; so a WAIT row has trace and id of what it waited for, and every
+link can be written at once and resolves in any order of arrival.
 
 Invariants: rows handed in + rows that rings lost = spans + dropped; a span's id is its row's id;
 one line of the file is one batch, so a crash tears at most the last line; plans, waits, steps,
@@ -33,6 +34,7 @@ from hotset.actors.batches import (
     name_at,
 )
 from hotset.actors.kinds import KINDS, ControlKind
+from hotset.actors.tracecontext import unsigned
 from hotset.policies.types import Format
 from hotset.transport.records import NO_NAME, Code, Kind
 
@@ -68,11 +70,12 @@ _NAMES = {
     int(ControlKind.SCALE): names.SPAN_SCALE.name,
     int(ControlKind.VETO): names.SPAN_VETO.name,
     int(ControlKind.USE): names.SPAN_USE.name,
+    int(ControlKind.REQUEST): names.SPAN_REQUEST.name,
 }
 
 
 def run_trace_id(run: str) -> int:
-    """Trace id (128 bits, not 0) of all spans of a run, from the run's id on any node."""
+    """Trace id (128 bits, not 0) of what no request caused, from the run's id on any node."""
     return int.from_bytes(hashlib.blake2b(run.encode(), digest_size=16).digest(), "big") or 1
 
 
@@ -108,9 +111,7 @@ class SpanEncoder:
         self._formats = tuple(formats)
         self._max_rows = max_rows
         self._trace = f"{run_trace_id(run):032x}"
-        self._link = otlp.link_fragment(run_trace_id(run))
-        self._used = otlp.link_fragment(run_trace_id(run), kind_of_link=names.USED_LINK)
-        self._waits: dict[int, dict[int, None]] = {}  # step -> transfers it waited for, in order
+        self._waits: dict[int, dict[str, None]] = {}  # step -> links of its waits, in order
         self.clock: ClockOffset | None = None
 
     def encode(self, batch: RowBatch, *, sampled_out: int = 0) -> Line | None:
@@ -146,13 +147,13 @@ class SpanEncoder:
         return resource
 
     def _remember_waits(self, rows: Rows) -> None:
-        """Keep, by step, the transfers waited for: a step's row comes after its waits."""
-        linked = rows[(rows["kind"] == Kind.WAIT) & (rows["waits_for"] != 0)]
-        for step, transfer in zip(
-            linked["parent"].tolist(), linked["waits_for"].tolist(), strict=True
-        ):
-            if step:
-                self._waits.setdefault(step, {})[transfer] = None
+        """Keep, by step, links to what was waited for: a step's row comes after its waits."""
+        linked = rows[
+            (rows["kind"] == Kind.WAIT) & (rows["waits_for"] != 0) & (rows["parent"] != 0)
+        ]
+        columns = (linked[name].tolist() for name in ("parent", "waits_for", "queue_ns", "wire_ns"))
+        for step, target, high, low in zip(*columns, strict=True):
+            self._waits.setdefault(step, {})[self._waited_on(target, high, low)] = None
         while len(self._waits) > _MAX_WAITING_STEPS:  # steps whose rows were lost
             del self._waits[next(iter(self._waits))]
 
@@ -161,25 +162,37 @@ class SpanEncoder:
         texts: list[str] = []
         for row in rows.tolist():
             kind, code, *_ = row
-            start_ns, end_ns, row_id, waits_for, parent = row[6:11]
-            before, after = self._used if kind == _USE else self._link
-            linked = {waits_for: None} if waits_for else {}
+            start_ns, end_ns, row_id, waits_for, parent, high, low = row[6:13]
+            trace = self._trace_of(high, low)
+            links = ""
             if kind == _STEP:
-                linked |= self._waits.pop(row_id, {})
+                links = ",".join(self._waits.pop(row_id, ()))
+            elif kind == _WAIT and waits_for:
+                links = self._waited_on(waits_for, row[14], row[15])
+            elif kind == _USE and waits_for:
+                links = otlp.link_text(trace, waits_for, kind=names.USED_LINK)
             texts.append(
                 otlp.span_text(
                     _NAMES[kind],
-                    trace=self._trace,
+                    trace=trace,
                     span_id=row_id,
                     parent=parent,
                     start_ns=start_ns,
                     end_ns=max(start_ns, end_ns),  # the wall clock may step back
                     attributes=fragments.attributes(row),
-                    links=",".join([f"{before}{one:016x}{after}" for one in linked]),
+                    links=links,
                     error="" if code == _OK else CODE_NAMES[code],
+                    serves=kind == _REQUEST,
                 )
             )
         return texts
+
+    def _trace_of(self, high: int, low: int) -> str:
+        return f"{high:016x}{low:016x}" if high or low else self._trace
+
+    def _waited_on(self, target: int, high: int, low: int) -> str:
+        trace = self._trace_of(unsigned(high), unsigned(low))
+        return otlp.link_text(trace, target, kind=names.WAITED_ON)
 
 
 class SpanWriter:
@@ -228,10 +241,10 @@ class SpanWriter:
         self._file.close()
 
 
-_OK, _STEP, _LAYER, _TRANSFER = (
-    int(Code.OK), int(Kind.STEP), int(Kind.LAYER), int(Kind.TRANSFER),
+_OK, _STEP, _LAYER, _TRANSFER, _WAIT = (
+    int(Code.OK), int(Kind.STEP), int(Kind.LAYER), int(Kind.TRANSFER), int(Kind.WAIT),
 )  # fmt: skip
-_PLAN, _SCALE, _VETO, _USE = (int(kind) for kind in ControlKind)
+_PLAN, _SCALE, _VETO, _USE, _REQUEST = (int(kind) for kind in ControlKind)
 _LAYER_IS = otlp.int_prefix(names.LAYER)
 _INDEX_IS = otlp.int_prefix(names.INDEX)
 _TOKENS_IS = otlp.int_prefix(names.TOKENS)
@@ -245,7 +258,8 @@ _EPOCH_IS = otlp.int_prefix(names.EPOCH)
 _STARTS_IS = otlp.int_prefix(names.STARTS)
 _DROPS_IS = otlp.int_prefix(names.DROPS)
 _USED = {flag: otlp.attribute(names.USED, value=bool(flag)) for flag in (0, 1)}
-_REQUEST_IS = f'{{"key":"{names.REQUEST.name}","value":{{"stringValue":"'
+_PROMPT_IS = otlp.int_prefix(names.PROMPT_TOKENS)
+_FIRST_IS = otlp.int_prefix(names.FIRST_TOKEN)
 _END = otlp.INT_SUFFIX
 
 
@@ -266,7 +280,7 @@ class _Fragments:
     def attributes(self, row: tuple[int, ...]) -> str:
         """Spell the attributes of one row of `ROW`, joined."""
         kind, code, source, form, layer, index = row[:6]
-        trace_hi, trace_lo, nbytes, queue_ns, wire_ns, verify_ns, activate_ns = row[11:18]
+        nbytes, queue_ns, wire_ns, verify_ns, activate_ns = row[13:18]
         reason, used, attempt = row[18:]
         text = self._codes[code]
         if kind in _CONTROL:
@@ -285,8 +299,6 @@ class _Fragments:
             text += f",{_VERIFY_IS}{verify_ns}{_END},{_ACTIVATE_IS}{activate_ns}{_END}"
             text += f",{_USED[1]}" if used else ""
             text += f",{_ATTEMPT_IS}{attempt}{_END}" if attempt else ""
-        if trace_hi or trace_lo:
-            text += f",{_REQUEST_IS}{trace_hi:016x}{trace_lo:016x}{_END}"
         return text
 
     def _control(self, row: tuple[int, ...]) -> str:
@@ -300,11 +312,21 @@ class _Fragments:
             return f",{_EPOCH_IS}{index}{_END}{why}{moved}{asked}"
         if kind == _USE:
             return f"{block}{why}{moved},{_USED[min(used, 1)]}"
+        if kind == _REQUEST:
+            return self._request(row)
         target = otlp.attribute(names.TARGET, name_at(self._batch.names, store))
         if kind == _SCALE:
             return f",{target}{why},{_EPOCH_IS}{index}{_END}"
         bound = name_at(self._batch.names, queue_ns - 1) if queue_ns > 0 else ""
         return f",{target}{block}{why},{otlp.attribute(names.BOUND, bound)}"
+
+    def _request(self, row: tuple[int, ...]) -> str:
+        worker, tokens, first_ns, prompt, attempt = row[2], row[5], row[14], row[15], row[20]
+        by = f",{otlp.attribute(names.WORKER, name_at(self._batch.names, worker))}"
+        text = "" if worker == NO_NAME else by
+        text += f",{_TOKENS_IS}{tokens}{_END},{_PROMPT_IS}{prompt}{_END}"
+        text += f",{_FIRST_IS}{first_ns}{_END}" if first_ns else ""
+        return text + (f",{_ATTEMPT_IS}{attempt}{_END}" if attempt else "")
 
     def _source(self, index: int) -> str:
         text = self._sources.get(index)

@@ -19,7 +19,9 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from hotset.actors.cache import Delivery, Held, Lost
+from hotset.actors.context import Context
 from hotset.actors.linkload import LinkLoad
+from hotset.actors.tracecontext import TraceContext, signed
 from hotset.blocks.experts import run_expert, run_expert_tiled, view_weights
 from hotset.blocks.formats import codec
 from hotset.blocks.routing import Groups, combine, count_experts
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
     from hotset.actors.assembly import Counters
     from hotset.actors.cache import HotCache
+    from hotset.actors.context import RowIds
     from hotset.actors.directory import Directory
     from hotset.blocks.checkpoint import Catalog
     from hotset.blocks.experts import ExpertsModule, ExpertWeights
@@ -53,9 +56,18 @@ class Peers(Protocol):
     """Workers that take tokens."""
 
     def compute(
-        self, store: str, *, layer: int, parts: Sequence[tuple[int, torch.Tensor]], timeout_s: float
+        self,
+        store: str,
+        *,
+        layer: int,
+        parts: Sequence[tuple[int, torch.Tensor]],
+        timeout_s: float,
+        asked: TraceContext,
     ) -> dict[int, torch.Tensor | None]:
-        """Outputs by expert; None where the peer no longer holds it. Raises TransportError."""
+        """Outputs by expert; None where the peer no longer holds it. Raises TransportError.
+
+        `asked` is the context of the dispatch.
+        """
 
 
 class Dispatched(NamedTuple):
@@ -67,22 +79,6 @@ class Dispatched(NamedTuple):
     row_id: int
 
 
-@dataclass(slots=True)
-class Context:
-    """One request's place in its forward passes; lives on the request's thread."""
-
-    request: int = 0
-    trace: tuple[int, int] = (0, 0)
-    step: int = 0
-    step_row: int = 0
-    step_start_ns: int = 0
-    tokens: int = 0
-    stall_ns: int = 0
-    fetches: int = 0
-    layer_start_ns: int = 0
-    layer_stall_ns: int = 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathConfig:
     """How this worker computes. `move` forces one way for experiments and tests."""
@@ -90,21 +86,6 @@ class PathConfig:
     reference: Reference = "eager"
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
-
-
-class RowIds:
-    """Ids of rows, unique in the cluster: a random start for each process."""
-
-    def __init__(self, start: int) -> None:
-        """`start` is a random odd 63-bit number."""
-        self._next = start
-        self._lock = threading.Lock()
-
-    def take(self) -> int:
-        """A fresh id, never 0."""
-        with self._lock:
-            self._next = (self._next + 1) & 0x7FFFFFFFFFFFFFFF or 1
-            return self._next
 
 
 class TokenPath:
@@ -152,9 +133,9 @@ class TokenPath:
             found = self._local.context = Context()
         return found
 
-    def begin_request(self, request: int, *, trace: tuple[int, int]) -> Context:
-        """Start a request on this thread."""
-        self._local.context = Context(request=request, trace=trace)
+    def begin_request(self, request: int, *, trace: tuple[int, int], parent: int = 0) -> Context:
+        """Start a request on this thread; `parent` is its span."""
+        self._local.context = Context(request=request, trace=trace, parent=parent)
         return self.context
 
     def begin_step(self, tokens: int) -> None:
@@ -176,6 +157,7 @@ class TokenPath:
             start_ns=context.step_start_ns,
             end_ns=end_ns,
             row_id=context.step_row,
+            parent=context.parent,
             trace_hi=context.trace[0],
             trace_lo=context.trace[1],
         )
@@ -228,12 +210,19 @@ class TokenPath:
     # --- for peers ------------------------------------------------------------------------------
 
     def compute_for_peer(
-        self, layer: int, module: ExpertsModule, parts: Sequence[tuple[int, torch.Tensor]]
+        self,
+        layer: int,
+        module: ExpertsModule,
+        parts: Sequence[tuple[int, torch.Tensor]],
+        *,
+        asked: TraceContext | None = None,
     ) -> dict[int, torch.Tensor | None]:
         """Run a peer's rows through the experts that are here; None for those that are not.
 
         Each part is one request's rows for one expert, so the bits are those of the request alone.
+        `asked` is the context of the peer's dispatch.
         """
+        start_ns = time.time_ns()
         outputs: dict[int, torch.Tensor | None] = {}
         for expert, rows in parts:
             held = self._cache.hold(layer, expert)
@@ -244,6 +233,18 @@ class TokenPath:
                 outputs[expert] = self._compute(module, rows, self._weights(held))
             finally:
                 self._cache.done(held)
+        trace, parent = (asked.trace, asked.span_id) if asked else ((0, 0), 0)
+        self._ring.append(
+            Kind.LAYER,
+            layer=layer,
+            index=sum(rows.shape[0] for _, rows in parts),
+            start_ns=start_ns,
+            end_ns=time.time_ns(),
+            row_id=self._row_ids.take(),
+            parent=parent,
+            trace_hi=trace[0],
+            trace_lo=trace[1],
+        )
         return outputs
 
     def routed_since_last(self) -> tuple[tuple[BlockId, int], ...]:
@@ -358,7 +359,10 @@ class TokenPath:
         nbytes = 2 * sum(rows.numel() * rows.element_size() for _, rows in parts)
         code = Code.OK
         try:
-            outputs = self._peers.compute(store, layer=layer, parts=parts, timeout_s=_DISPATCH_S)
+            outputs = self._peers.compute(
+                store, layer=layer, parts=parts, timeout_s=_DISPATCH_S,
+                asked=TraceContext(context.trace, row_id),
+            )  # fmt: skip
             elapsed_ns = time.monotonic_ns() - began_ns
             self._directory.dispatch(store).observe(nbytes, elapsed_ns=elapsed_ns)
         except TransportError:
@@ -420,6 +424,7 @@ class TokenPath:
         self._counters.stall_ns += end_ns - start_ns
         held = isinstance(arrival, Held)
         dispatched = isinstance(arrival, Dispatched)
+        cause = arrival.trace if held else context.trace
         self._ring.append(
             Kind.WAIT,
             source=self._ring.name(arrival.source) if held else NO_NAME,
@@ -433,6 +438,8 @@ class TokenPath:
             parent=context.step_row,
             trace_hi=context.trace[0],
             trace_lo=context.trace[1],
+            queue_ns=signed(cause[0]),
+            wire_ns=signed(cause[1]),
             reason=self._ring.name(arrival.reason.value if held else "dispatch"),
         )
 

@@ -65,6 +65,8 @@ class Uses:
             end_ns=time.time_ns(),
             row_id=self._take_id(),
             waits_for=landing.transfer_id,
+            trace_hi=landing.trace[0],
+            trace_lo=landing.trace[1],
             nbytes=landing.nbytes,
             reason=self._ring.name(landing.reason.value),
             used=int(used),

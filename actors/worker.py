@@ -24,6 +24,7 @@ import torch
 from hotset.actors import cgroup
 from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
 from hotset.actors.cache import Delivery, HotCache, Lost
+from hotset.actors.context import RowIds
 from hotset.actors.messages import (
     ComputeReply,
     ComputeRequest,
@@ -35,7 +36,8 @@ from hotset.actors.messages import (
 )
 from hotset.actors.observe import Observer
 from hotset.actors.peers import RayPeers, rows_from_bytes, rows_to_bytes
-from hotset.actors.tokenpath import PathConfig, RowIds, TokenPath
+from hotset.actors.tokenpath import PathConfig, TokenPath
+from hotset.actors.tracecontext import child_of, parse
 from hotset.actors.uses import Uses
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.formats import codec
@@ -191,8 +193,8 @@ class GPUWorker:
                 self._requests -= 1
 
     def _serve(self, request: GenerateRequest, serial: int, chunks: SimpleQueue[Any]) -> None:
-        high, low = _trace_of(request)
-        self._path.begin_request(serial, trace=(high, low))
+        asked = parse(request.traceparent) or child_of(None, span_id=0)
+        self._path.begin_request(serial, trace=asked.trace, parent=asked.span_id)
         sent = 0
 
         def deliver(tokens: list[int]) -> None:
@@ -247,6 +249,7 @@ class GPUWorker:
                     (p.expert, rows_from_bytes(p.data, count=p.count, dtype=dtype, device=device))
                     for p in request.parts
                 ],
+                asked=parse(request.traceparent),
             )
         parts = tuple(
             ExpertRows(expert=expert, count=0, data=b"", present=False)
@@ -403,13 +406,6 @@ def _enter_memory_cgroup(model: str) -> None:
     if group:
         import_model_code(Catalog.open(model).model_type)
         cgroup.join(group)
-
-
-def _trace_of(request: GenerateRequest) -> tuple[int, int]:
-    parts = request.traceparent.split("-")
-    if len(parts) == 4 and len(parts[1]) == 32:
-        return int(parts[1][:16], 16), int(parts[1][16:], 16)
-    return secrets.randbits(64), secrets.randbits(64)
 
 
 @cache

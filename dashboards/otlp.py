@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from hotset.actors import names
+from hotset.actors.spans import run_trace_id
 from hotset.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class _Span(msgspec.Struct, gc=False, rename="camel"):
     name: str
     start_time_unix_nano: int
     end_time_unix_nano: int
+    trace_id: str = ""
     parent_span_id: str = ""
     attributes: list[Attribute] = []
     links: list[_Link] = []
@@ -112,7 +114,7 @@ SPAN = np.dtype(
         ("span_id", "<u8"),
         ("parent", "<u8"),  # 0 without one, as link and request
         ("link", "<u8"),  # id of the first linked span
-        ("request", "<u8"),  # low half of the request's trace id
+        ("request", "<u8"),  # low half of the request's trace id, 0 in the run's own trace
         ("used", "<i1"),  # 1 used, 0 dropped unread, NONE unknown
     ]
 )
@@ -191,7 +193,7 @@ def _trace_files(run: Path) -> list[Path]:
 class _Reader:
     chunks: list[Table] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
-    runs: dict[str, None] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)  # with the trace id of each
     emulated: dict[str, None] = field(default_factory=dict)
     tiers: dict[str, str] = field(default_factory=dict)
     bounds: dict[str, int] = field(default_factory=dict)
@@ -237,7 +239,8 @@ class _Reader:
     def _take(self, found: _ResourceSpans) -> None:
         about = {one.key: one.value for one in found.resource.attributes}
         store = about.get(names.STORE.name, _NOTHING).string_value
-        self.runs[about.get(names.RUN.name, _NOTHING).string_value] = None
+        run = about.get(names.RUN.name, _NOTHING).string_value
+        self.runs.setdefault(run, f"{run_trace_id(run):032x}")
         if names.TIER.name in about:
             self.tiers[store] = about[names.TIER.name].string_value
         if names.LINK_BOUND.name in about:
@@ -258,19 +261,23 @@ class _Reader:
                 elif one.key == names.SAMPLED_OUT.name:
                     self.sampled_out += one.value.int_value
             if part.spans:
-                self.chunks.append(self._rows(part.spans, store=number))
+                rows = self._rows(part.spans, store=number, own=self.runs[run])
+                self.chunks.append(rows)
 
-    def _rows(self, spans: list[_Span], *, store: int) -> Table:
+    def _rows(self, spans: list[_Span], *, store: int, own: str) -> Table:
         """One array of all values, then columns: filling row by row takes three times as long."""
-        values = np.array([self._row(span) for span in spans], np.int64)
+        values = np.array([self._row(span, own=own) for span in spans], np.int64)
         rows = np.empty(len(spans), SPAN)
         rows["store"] = store
         for place, column in enumerate(_COLUMNS):
             rows[column] = values[:, place]  # of ids the bits: 64 of them in an int64
         return rows
 
-    def _row(self, span: _Span) -> list[int]:
+    def _row(self, span: _Span, *, own: str) -> list[int]:
+        """Values of a span; `own` is the trace of what no request caused."""
         row = _EMPTY.copy()
+        if span.trace_id != own:
+            row[_REQUEST_AT] = _signed(span.trace_id[16:] or "0")
         numbers = self.numbers
         for one in span.attributes:
             key = one.key

@@ -17,11 +17,13 @@ from opentelemetry.exporter.otlp.json.file import FileSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, TraceFlags
+from opentelemetry.trace import Link, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from hotset.actors import names
+from hotset.actors.kinds import ControlKind
 from hotset.actors.spans import RowBatch, SpanWriter, aggregate, run_trace_id
+from hotset.actors.tracecontext import signed
 from hotset.policies.types import Format, Tier
 from hotset.transport.records import NO_NAME, ROW, Code, Kind, Ring
 
@@ -41,7 +43,7 @@ def batch_of(rows: np.ndarray[Any, np.dtype[Any]], **fields: Any) -> RowBatch:
 def random_rows(count: int, *, seed: int) -> np.ndarray[Any, np.dtype[Any]]:
     rng = np.random.default_rng(seed)
     rows = np.zeros(count, ROW)
-    rows["kind"] = rng.integers(1, 6, count)
+    rows["kind"] = rng.choice([1, 2, 3, 4, 5, int(ControlKind.REQUEST)], count)
     rows["code"] = rng.choice([0, 0, 0, 0, 1, 2, 3, 4], count)
     rows["source"] = rng.choice([0, 1, 3, 4, NO_NAME], count)
     rows["reason"] = rng.choice([2, NO_NAME], count)
@@ -56,6 +58,9 @@ def random_rows(count: int, *, seed: int) -> np.ndarray[Any, np.dtype[Any]]:
     rows["trace_lo"] = rng.choice(np.array([0, 5, 2**64 - 1], np.uint64), count)
     rows["nbytes"] = rng.choice([0, 1, 6 << 20], count)
     rows["wire_ns"] = rng.integers(0, 10**6, count)
+    wait = rows["kind"] == Kind.WAIT  # of a wait: the trace of what it waited for
+    rows["queue_ns"] = np.where(wait, rng.choice([0, 3, -1], count), 7)
+    rows["wire_ns"] = np.where(wait, rng.choice([0, -5], count), rows["wire_ns"])
     rows["used"] = rng.integers(0, 2, count)
     rows["attempt"] = rng.integers(0, 2, count)
     return rows
@@ -82,7 +87,8 @@ def readable(
 ) -> ReadableSpan:
     def context(holder: dict[str, Any], key: str = "spanId") -> SpanContext:
         trace_id = int(holder.get("traceId", span["traceId"]), 16)
-        return SpanContext(trace_id, int(holder[key], 16), False, TraceFlags(1))
+        remote = key == "parentSpanId" and span["kind"] == 2
+        return SpanContext(trace_id, int(holder[key], 16), remote, TraceFlags(1))
 
     failed = span["status"].get("message")
     return ReadableSpan(
@@ -92,6 +98,7 @@ def readable(
         resource=resource,
         instrumentation_scope=scope,
         attributes=attributes_of(span),
+        kind=SpanKind.SERVER if span["kind"] == 2 else SpanKind.INTERNAL,
         links=[Link(context(link), attributes_of(link)) for link in span.get("links", [])],
         start_time=int(span["startTimeUnixNano"]),
         end_time=int(span["endTimeUnixNano"]),
@@ -130,9 +137,18 @@ def test_each_row_is_told_whole(tmp_path: Path, seed: int) -> None:
         assert int(span["startTimeUnixNano"]) == row["start_ns"]
         assert int(span["endTimeUnixNano"]) == max(row["start_ns"], row["end_ns"])
         assert seen[names.CODE.name] == Code(row["code"]).name.lower()
-        assert seen.get(names.NBYTES.name, 0) == row["nbytes"]
-        assert int(seen.get(names.REQUEST.name, "0"), 16) == row["trace_lo"]
-        if row["kind"] in (Kind.STEP, Kind.LAYER):
+        if row["kind"] != ControlKind.REQUEST:
+            assert seen.get(names.NBYTES.name, 0) == row["nbytes"]
+        own = run_trace_id("r1")
+        assert int(span["traceId"], 16) == (row["trace_lo"] or own)
+        if row["kind"] == ControlKind.REQUEST:
+            assert span["kind"] == 2
+            assert seen[names.TOKENS.name] == row["index"]
+            assert seen[names.PROMPT_TOKENS.name] == row["wire_ns"]
+            assert seen[names.FIRST_TOKEN.name] == row["queue_ns"]
+            known = row["source"] != NO_NAME
+            assert seen.get(names.WORKER.name) == (NAMES[row["source"]] if known else None)
+        elif row["kind"] in (Kind.STEP, Kind.LAYER):
             assert seen[names.TOKENS.name] == row["index"]
         else:
             assert (seen[names.LAYER.name], seen[names.INDEX.name]) == (row["layer"], row["index"])
@@ -201,12 +217,14 @@ def one_row(kind: Kind, row_id: int, **columns: int) -> np.ndarray[Any, np.dtype
 
 
 def test_links_resolve_across_batches_stores_and_nodes(tmp_path: Path) -> None:
-    """Step 1 waits for transfers 5 and 6 of other requests, one at another node, one later."""
+    """Step 1 waits for 5 and 6, of other requests (one at another node, one later), and for 7."""
+    high = (1 << 64) - 3
     waits = np.concatenate(
         [
-            one_row(Kind.WAIT, 2, parent=1, waits_for=5, trace_lo=77),
-            one_row(Kind.WAIT, 3, parent=1, waits_for=6, trace_lo=77),
-            one_row(Kind.WAIT, 4, parent=1, waits_for=6, trace_lo=77),
+            one_row(Kind.WAIT, 2, parent=1, waits_for=5, trace_lo=77, wire_ns=88),
+            one_row(Kind.WAIT, 3, parent=1, waits_for=6, trace_lo=77, queue_ns=signed(high)),
+            one_row(Kind.WAIT, 4, parent=1, waits_for=6, trace_lo=77, queue_ns=signed(high)),
+            one_row(Kind.WAIT, 8, parent=1, waits_for=7, trace_lo=77),
         ]
     )
     near = SpanWriter(tmp_path / "trace-a.jsonl", node="a", run="r1")
@@ -215,7 +233,8 @@ def test_links_resolve_across_batches_stores_and_nodes(tmp_path: Path) -> None:
     near.write(batch_of(one_row(Kind.TRANSFER, 9), store="host-0", tier=Tier.HOST))
     near.write(batch_of(one_row(Kind.STEP, 1, trace_lo=77)))
     near.write(batch_of(one_row(Kind.TRANSFER, 5, trace_lo=88)))
-    far.write(batch_of(one_row(Kind.TRANSFER, 6, trace_lo=99), store="worker-1"))
+    near.write(batch_of(one_row(Kind.TRANSFER, 7)))  # nobody's request caused it
+    far.write(batch_of(one_row(Kind.TRANSFER, 6, trace_hi=high), store="worker-1"))
     spans = spans_in(tmp_path / "trace-a.jsonl") + spans_in(tmp_path / "trace-b.jsonl")
     by_id = {(span["traceId"], int(span["spanId"], 16)): span for span in spans}
     links = [
@@ -226,8 +245,7 @@ def test_links_resolve_across_batches_stores_and_nodes(tmp_path: Path) -> None:
     assert all(by_id[target]["name"] == names.SPAN_TRANSFER.name for _, target, _ in links)
     assert all(seen == {names.LINK.name: names.WAITED_ON} for _, _, seen in links)
     of_step = [target[1] for span, target, _ in links if span["name"] == names.SPAN_STEP.name]
-    assert of_step == [5, 6], "a step links each transfer once"
-    assert {span["traceId"] for span in spans} == {f"{run_trace_id('r1'):032x}"}
+    assert of_step == [5, 6, 7], "a step links each transfer once"
     assert run_trace_id("r1") != run_trace_id("r2")
 
 
