@@ -65,10 +65,17 @@ class Sizes:
         self.full = slots([info.nbytes for info in blocks])
         self.reduced = slots([info.reduced_nbytes for info in blocks])
         self.smallest = int(min(self.full.min(), self.reduced.min())) if blocks else 0
+        named = {form for info in blocks for form, _ in info.by_format}
+        self._others = {
+            form: slots([dict(info.by_format).get(form, info.reduced_nbytes) for info in blocks])
+            for form in sorted(named)
+        }
 
     def of(self, flat: int, form: Format) -> int:
         """Bytes of a slot that holds the block in this format."""
-        return int(self.full[flat] if form is Format.BF16 else self.reduced[flat])
+        if form is Format.BF16:
+            return int(self.full[flat])
+        return int(self._others.get(form, self.reduced)[flat])
 
 
 class StoreBook:

@@ -10,7 +10,7 @@ copies.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,12 +21,20 @@ from hotset.policies.story import BlockStory, StoryLine
 from hotset.policies.types import BlockId, Format, Reason, State
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from numpy.typing import NDArray
 
 _HERE = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
+_WHOLE = frozenset({Format.BF16, Format.BF16Z})
 _KEPT = {State.REDUCED: StateEvent.KEPT_REDUCED, State.COMPRESSED: StateEvent.KEPT_COMPRESSED}
+
+
+_REMADE = {
+    State.FULL: StateEvent.PROMOTED,
+    State.REDUCED: StateEvent.DEMOTED,
+    State.COMPRESSED: StateEvent.PACKED,
+}
 
 
 class Resident(NamedTuple):
@@ -41,7 +49,8 @@ class Resident(NamedTuple):
 class DeviceShape:
     """What a device can hold. Bytes are those of slots, header included.
 
-    `layers` are the numbers of the MoE layers, ascending; gaps are fine.
+    `layers` are the numbers of the MoE layers, ascending; gaps are fine. `nbytes` names formats
+    whose slots are neither full nor `reduced_nbytes` large.
     """
 
     layers: tuple[int, ...]
@@ -49,6 +58,7 @@ class DeviceShape:
     full_nbytes: int
     reduced_nbytes: int
     capacity_bytes: int
+    nbytes: Mapping[Format, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a budget that holds nothing."""
@@ -78,7 +88,12 @@ class DeviceTable:
         layers, num_experts = shape.layers, shape.num_experts
         self.full_nbytes = shape.full_nbytes
         self.reduced_nbytes = shape.reduced_nbytes
-        self._by_byte = shape.full_nbytes / shape.reduced_nbytes
+        self._sizes = {
+            form: shape.nbytes.get(form)
+            or (shape.full_nbytes if form in _WHOLE else shape.reduced_nbytes)
+            for form in Format
+        }
+        self._by_byte = {form: shape.full_nbytes / size for form, size in self._sizes.items()}
         self.layers = layers
         self.num_experts = num_experts
         size = len(layers) * num_experts
@@ -94,7 +109,7 @@ class DeviceTable:
 
     def nbytes(self, form: Format) -> int:
         """Bytes of a slot that holds this format."""
-        return self.full_nbytes if form is Format.BF16 else self.reduced_nbytes
+        return self._sizes[form]
 
     def room(self, want_bytes: int) -> bool:
         """Is there room without an eviction."""
@@ -140,11 +155,16 @@ class DeviceTable:
         self.used_bytes += want
         self._rank[flat] = self._held[flat] = np.inf
 
-    def landed(self, layer: int, expert: int) -> None:
-        """Note that the fetch ended with a verified copy; a copy that it replaces is released."""
+    def landed(self, layer: int, expert: int, form: Format | None = None) -> None:
+        """Note that the fetch ended with a verified copy; a copy that it replaces is released.
+
+        `form`: the copy came in another format than was asked for, in a slot of the same size.
+        """
         flat = self._base[layer] + expert
-        form = self._coming[flat]
-        self._move(flat, landed_event(form or Format.BF16), None)
+        asked = self._coming[flat] or Format.BF16
+        form = form or asked
+        self.used_bytes += self.nbytes(form) - self.nbytes(asked)
+        self._move(flat, landed_event(form), None)
         old = self._format[flat]
         if old is not None:
             self.used_bytes -= self.nbytes(old)
@@ -186,9 +206,15 @@ class DeviceTable:
         self._rank[flat] = self._held[flat] = np.inf
 
     def demoted(self, layer: int, expert: int, form: Format = Format.INT8) -> None:
-        """Note that the full copy was encoded here in a reduced format and its bytes freed."""
+        """Note that the copy here was made into another format in place, in whichever direction.
+
+        What it frees is room at once; what it needs the caller has made room for.
+        """
         flat = self._base[layer] + expert
-        self._move(flat, StateEvent.DEMOTED, Reason.DEMOTE)
+        before, after = self._state[flat], state_of(form)
+        if before is not after:
+            promote = Reason.PROMOTE if after is State.FULL else Reason.DEMOTE
+            self._move(flat, _REMADE[after], promote)
         self.used_bytes += self.nbytes(form) - self.nbytes(self._format[flat] or Format.BF16)
         self._format[flat] = form
         self._refresh(flat)
@@ -261,7 +287,7 @@ class DeviceTable:
         if form is None or self._pins[flat] or self._coming[flat] is not None:
             self._rank[flat] = self._held[flat] = np.inf
             return
-        held = self._held[flat] = 1.0 if form is Format.BF16 else self._by_byte
+        held = self._held[flat] = self._by_byte[form]
         self._rank[flat] = self._value(flat) * held
 
     def _move(self, flat: int, event: StateEvent, reason: Reason | None) -> None:

@@ -25,7 +25,17 @@ from hotset.policies.outlook import GUESSES, Outlook, Regime
 from hotset.policies.popularity import ONE
 from hotset.policies.states import state_of
 from hotset.policies.story import Stories, StoryLine
-from hotset.policies.types import BlockId, BlockInfo, Copy, Format, Reason, State, StoreInfo, Tier
+from hotset.policies.types import (
+    LOSSLESS,
+    BlockId,
+    BlockInfo,
+    Copy,
+    Format,
+    Reason,
+    State,
+    StoreInfo,
+    Tier,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -209,7 +219,7 @@ class ClusterLedger:
         if self._directory.add(copy) is None:
             book.used_bytes += self._sizes.of(flat, copy.format)
         book.capacity_bytes = max(book.capacity_bytes, book.used_bytes)
-        here = book.full if copy.format is Format.BF16 else book.reduced
+        here = book.full if copy.format in LOSSLESS else book.reduced
         here[flat] = True
         book.landed_ns[flat] = self._now_ns
 
@@ -219,13 +229,9 @@ class ClusterLedger:
         if self._directory.remove(key) is None:
             return
         book.used_bytes -= self._sizes.of(flat, key.format)
-        if key.format is Format.BF16:
-            book.full[flat] = False
-        else:
-            left = self._directory.of_block(key.block)
-            book.reduced[flat] = any(
-                copy.store == key.store and copy.format is not Format.BF16 for copy in left
-            )
+        left = [copy for copy in self._directory.of_block(key.block) if copy.store == key.store]
+        book.full[flat] = any(copy.format in LOSSLESS for copy in left)
+        book.reduced[flat] = any(copy.format not in LOSSLESS for copy in left)
 
     def _rates(self) -> score.Rates:
         outlook = self._outlook
@@ -300,9 +306,9 @@ class ClusterLedger:
         assert used == book.used_bytes, (name, used, book.used_bytes)  # noqa: S101 - our own bugs
         assert claimed == book.pending_bytes, (name, claimed)  # noqa: S101 - our own bugs
         assert used + claimed <= book.capacity_bytes <= book.info.capacity_bytes, name  # noqa: S101 - our own bugs
-        full = {self._flat[copy.block] for copy in copies if copy.format is Format.BF16}
+        full = {self._flat[copy.block] for copy in copies if copy.format in LOSSLESS}
         assert full == set(np.flatnonzero(book.full).tolist()), name  # noqa: S101 - our own bugs
-        reduced = {self._flat[copy.block] for copy in copies if copy.format is not Format.BF16}
+        reduced = {self._flat[copy.block] for copy in copies if copy.format not in LOSSLESS}
         assert reduced == set(np.flatnonzero(book.reduced).tolist()), name  # noqa: S101 - our own bugs
         wished = [(wish.flat, wish.format) for wish in book.wishes()]
         coming = {flat for flat, form in [*book.pending, *wished] if form is Format.BF16}

@@ -82,8 +82,8 @@ class ResidencyPolicy(Protocol):
         """Claim the bytes of a fetch that starts now."""
         ...
 
-    def landed(self, layer: int, expert: int) -> None:
-        """The fetch ended with a verified copy."""
+    def landed(self, layer: int, expert: int, form: Format | None = None) -> None:
+        """The fetch ended with a verified copy; `form`: in another format than was asked for."""
         ...
 
     def failed(self, layer: int, expert: int, *, staged: bool = False) -> None:
@@ -97,7 +97,7 @@ class ResidencyPolicy(Protocol):
         ...
 
     def demoted(self, layer: int, expert: int, form: Format = ...) -> None:
-        """The full copy was encoded here in a reduced format."""
+        """The copy was made into another format in place."""
         ...
 
     def staged(self, layer: int, expert: int, *, yes: bool) -> None:

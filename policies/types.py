@@ -25,6 +25,8 @@ class Format(StrEnum):
     INT2 = "int2"
 
 
+LOSSLESS = frozenset({Format.BF16, Format.BF16Z})
+"""Formats that keep every bit: a copy in one of them stands for the block itself."""
 FORMAT_CODES = {fmt: code for code, fmt in enumerate(Format, start=1)}
 """Number of each format in slot headers and rows; `Format` is append-only. 0 means none."""
 
@@ -140,6 +142,7 @@ class BlockInfo:
     block: BlockId
     nbytes: int
     reduced_nbytes: int
+    by_format: tuple[tuple[Format, int], ...] = ()  # formats of other sizes
 
 
 # --- events: what the cluster tells the brain ---------------------------------------------------
