@@ -139,7 +139,7 @@ def _sizes(meter: KLMeter, formats: tuple[str, ...]) -> tuple[int, ...]:
 def lossy_formats(text: str) -> tuple[str, ...]:
     """Lossy formats to measure. Raises ConfigError."""
     from hotset.blocks.formats import CODECS
-    from hotset.policies.allocate import is_lossless
+    from hotset.policies.guard import is_lossless
 
     known = [str(name) for name in CODECS if not is_lossless(name)]
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hotset.policies.guard import QUALITY
-from hotset.policies.types import Format
+from hotset.policies.guard import is_lossless
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,11 +131,6 @@ def allocate(  # noqa: PLR0913 - the terms of one trade
             )
         _give_back(steps, codes, taken, slack=-surplus)
     return described(costs, codes.reshape(layers, experts))
-
-
-def is_lossless(form: Format | str) -> bool:
-    """Tell whether a format keeps every bit; a name that hotset does not know does not."""
-    return form in set(Format) and QUALITY[Format(form)] == QUALITY[Format.BF16]
 
 
 def described(costs: Costs, codes: Ints) -> Allocation:

@@ -32,7 +32,9 @@ from hotset.policies.types import (
     Concurrency,
     CopyDropped,
     CopyLanded,
+    DriftMeasured,
     Event,
+    Format,
     LayerTimes,
     Pressure,
     Reason,
@@ -89,7 +91,7 @@ class ClusterBrain(Orders):
                 self._dropped(event)
             case TransferFailed():
                 self._failed(event)
-            case LayerTimes() | Pressure() | Concurrency():
+            case LayerTimes() | Pressure() | Concurrency() | DriftMeasured():
                 self._observed(event)
             case Tick():
                 self._tick()
@@ -181,9 +183,29 @@ class ClusterBrain(Orders):
             passed=event.tokens,
         )
         self._outlook.routed(sum(count for _, count in known), tokens=event.tokens)
+        self.guard.observe(dict(event.counts), tokens=event.tokens)
 
-    def _observed(self, event: LayerTimes | Pressure | Concurrency) -> None:
-        if event.store in self._books:
+    def _measured(self, event: DriftMeasured) -> None:
+        """Act on the live check at once: repairs of a broken budget do not wait for a tick."""
+        found = self.guard.measured(event.kl, event.flips, since_ns=event.since_ns)
+        if found is not None:
+            self._repair("; ".join(found.verdict.broken), cause=f"live check at {event.store}")
+
+    def _judge_drift(self, *, cause: str) -> None:
+        """Repair what shifted text has made too costly, and ask again for what is still to do."""
+        if self.guard.drift is None:
+            return
+        budget, nats = self.guard.drift.budget.nats, self.guard.drift.nats
+        said = self.guard.check.said if self.guard.check is not None else ""
+        if self.guard.due():
+            said = f"drift of {nats:.2g} nats, the budget is {budget:.2g}"
+        self._repair(said, cause=cause)
+        self._may_reduce = self.guard.may_compute(self._ids, Format.INT8)
+
+    def _observed(self, event: LayerTimes | Pressure | Concurrency | DriftMeasured) -> None:
+        if isinstance(event, DriftMeasured):
+            self._measured(event)
+        elif event.store in self._books:
             self._outlook.observe(event)
         else:
             self._ignore(None, "report of a store that is not in", store=event.store)
@@ -251,6 +273,7 @@ class ClusterBrain(Orders):
         for name in names:
             self._expire(self._books[name])
             self._squeeze(self._books[name], cause=cause)
+        self._judge_drift(cause=cause)
         view = self._view()
         moves: list[placement.Put | placement.Take] = []
         moves += placement.cover(view, reason=Reason.STAGE)

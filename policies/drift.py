@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hotset.policies.allocate import EXPERT_CAP_RATIO, LAYER_CAP_RATIO, is_lossless
-from hotset.policies.guard import BUDGET_NATS
+from hotset.policies.allocate import EXPERT_CAP_RATIO, LAYER_CAP_RATIO
+from hotset.policies.guard import BUDGET_NATS, is_lossless
 from hotset.policies.types import BlockId, Format
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class DriftMeter:
             return None
         if self.budget.nats <= 0:
             return f"the quality budget is 0 (exact mode), {form} loses precision"
-        if block.layer not in self._row or form not in self._code:
+        if not self.knows(block, form):
             return f"block {block} in {form} was not measured; calibrate with that format"
         row, expert = self._place(block)
         if self._clock < self._held_until[row, expert]:

@@ -50,12 +50,29 @@ LOSSY = tuple(
 """Formats that calibration measures unless told otherwise."""
 
 
+def is_lossless(form: Format | str) -> bool:
+    """Tell whether a format keeps every bit; a name that hotset does not know does not."""
+    return form in set(Format) and QUALITY[Format(form)] == QUALITY[Format.BF16]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """A refusal and the bound that it protects, in words."""
 
     reason: Reason
     bound: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """Blocks that somebody asks for again and again: their floors, and where the table has them.
+
+    `places` counts the table's blocks row by row; one beyond the last is a block that it lacks.
+    """
+
+    blocks: tuple[BlockId, ...]
+    floors: NDArray[np.int64]
+    places: NDArray[np.int64]
 
 
 class Guardrail:
@@ -82,6 +99,7 @@ class Guardrail:
         self._default = default_floor
         self._storage_is_verified = storage_is_verified
         self._floor_follows = False  # floors are those of the drift meter, not a person's
+        self._asked: _Asked | None = None
         self._repairing: dict[BlockId, None] = {}
         self._repaired_ns = 0
         self._pairs = 0
@@ -124,12 +142,14 @@ class Guardrail:
         """Return the cheapest format that `layer` may use."""
         return self._floor.get(layer, self._default)
 
+    def _own_floor(self, block: BlockId) -> Format:
+        return self._block_floor.get(block, self.floor(block.layer))
+
     def check_floor(self, block: BlockId, form: Format) -> Refusal | None:
         """Say whether `form` is at or above the floor that a person has set for `block`."""
-        own = self._block_floor.get(block)
-        floor = self.floor(block.layer) if own is None else own
+        floor = self._own_floor(block)
         if QUALITY[form] < QUALITY[floor]:
-            whose = f"layer {block.layer}" if own is None else f"block {block}"
+            whose = f"block {block}" if block in self._block_floor else f"layer {block.layer}"
             return Refusal(
                 reason=Reason.VETO_PRECISION,
                 bound=f"{whose} has the precision floor {floor.value}, {form.value} is below it",
@@ -139,7 +159,7 @@ class Guardrail:
     def check_demotion(self, block: BlockId, form: Format) -> Refusal | None:
         """Say whether `block` may be computed with in `form`."""
         refusal = self.check_floor(block, form)
-        if refusal is not None or QUALITY[form] == QUALITY[Format.BF16]:
+        if refusal is not None or is_lossless(form):
             return refusal
         if self.check is not None and self.check.frozen:
             return Refusal(
@@ -148,22 +168,37 @@ class Guardrail:
         bound = None if self._drift is None else self._drift.check(block, form)
         return None if bound is None else Refusal(reason=Reason.VETO_PRECISION, bound=bound)
 
-    def may_compute(self, blocks: Sequence[BlockId], form: Format) -> NDArray[np.bool_]:
+    def may_compute(self, blocks: tuple[BlockId, ...], form: Format) -> NDArray[np.bool_]:
         """Tell for each of `blocks`, [B], whether `check_demotion` lets it compute in `form`."""
-        found = np.array([self.check_floor(block, form) is None for block in blocks], dtype=bool)
-        if self._drift is None or QUALITY[form] == QUALITY[Format.BF16]:
+        if self._asked is None or self._asked.blocks is not blocks:
+            self._asked = self._look_up(blocks)
+        found: NDArray[np.bool_] = self._asked.floors <= QUALITY[form]
+        if self._drift is None or is_lossless(form):
             return found
         if self.check is not None and self.check.frozen:
             return np.zeros(len(blocks), dtype=bool)
-        rows = {layer: row for row, layer in enumerate(self._drift.layers)}
-        allowed = self._drift.allowed(form)
-        known = [self._drift.knows(block, form) for block in blocks]
-        drift = [
-            known[at] and bool(allowed[rows[block.layer], block.index])
-            for at, block in enumerate(blocks)
-        ]
-        found &= np.array(drift, dtype=bool)
+        allowed = np.append(self._drift.allowed(form).ravel(), False)
+        found &= allowed[self._asked.places]
         return found
+
+    def _look_up(self, blocks: tuple[BlockId, ...]) -> _Asked:
+        layers = () if self._drift is None else self._drift.layers
+        experts = 0 if self._drift is None else self._drift.costs.nats.shape[1]
+        first = {layer: row * experts for row, layer in enumerate(layers)}
+        last = len(layers) * experts
+        return _Asked(
+            blocks=blocks,
+            floors=np.array([QUALITY[self._own_floor(block)] for block in blocks], dtype=np.int64),
+            places=np.array(
+                [
+                    first[block.layer] + block.index
+                    if block.layer in first and block.index < experts
+                    else last
+                    for block in blocks
+                ],
+                dtype=np.int64,
+            ),
+        )
 
     # --- drift and the live check ---------------------------------------------------------------
 
@@ -182,7 +217,7 @@ class Guardrail:
         worst = min(forms, key=lambda form: QUALITY[form], default=Format.BF16)
         if self._drift is None or not self._drift.knows(block, worst):
             return
-        if QUALITY[worst] < QUALITY[Format.BF16]:
+        if not is_lossless(worst):
             if block not in self._repairing:  # else it was recorded as repaired, and is about to be
                 self._drift.set(block, worst)
             return
@@ -220,7 +255,8 @@ class Guardrail:
         self.check.add(kl, flips)
         found = self.check.step(self._pairs)
         if found is not None:
-            self._floor = self._drift.floors() if self._floor_follows else self._floor
+            if self._floor_follows:
+                self._floor, self._asked = self._drift.floors(), None
             self._repair(found.repairs)
         return found
 

@@ -19,7 +19,7 @@ from hotset.policies import placement, score
 from hotset.policies.books import Sizes, StoreBook
 from hotset.policies.config import PolicyConfig
 from hotset.policies.directory import CopyKey, Delta, Directory
-from hotset.policies.guard import Guardrail
+from hotset.policies.guard import QUALITY, Guardrail
 from hotset.policies.halflife import LearntPopularity
 from hotset.policies.outlook import GUESSES, Outlook, Regime
 from hotset.policies.popularity import ONE
@@ -93,10 +93,8 @@ class ClusterLedger:
         self._stories = Stories(limit=self.config.story_lines)
         self._now_ns = 0
         self._checked_epoch = epoch
-        self._may_reduce = np.array(
-            [self.guard.check_demotion(info.block, Format.INT8) is None for info in self.blocks],
-            dtype=bool,
-        )
+        self._ids = tuple(info.block for info in self.blocks)
+        self._may_reduce = self.guard.may_compute(self._ids, Format.INT8)
 
     # --- questions ---------------------------------------------------------------------------
 
@@ -222,12 +220,25 @@ class ClusterLedger:
         here = book.full if copy.format in LOSSLESS else book.reduced
         here[flat] = True
         book.landed_ns[flat] = self._now_ns
+        self._tell_guard(copy.block)
+
+    def _tell_guard(self, block: BlockId) -> None:
+        """Tell in which formats devices compute `block`: the best that each of them holds."""
+        if self.guard.drift is None:
+            return
+        best: dict[str, Format] = {}
+        for copy in self._directory.of_block(block):
+            if self._books[copy.store].worker:
+                formats = (copy.format, best.get(copy.store, copy.format))
+                best[copy.store] = max(formats, key=lambda form: QUALITY[form])
+        self.guard.resident(block, best.values(), now_ns=self._now_ns)
 
     def _unlist(self, book: StoreBook, key: CopyKey) -> None:
         flat = self._flat[key.block]
         book.dropping.pop((flat, key.format), None)
         if self._directory.remove(key) is None:
             return
+        self._tell_guard(key.block)
         book.used_bytes -= self._sizes.of(flat, key.format)
         left = [copy for copy in self._directory.of_block(key.block) if copy.store == key.store]
         book.full[flat] = any(copy.format in LOSSLESS for copy in left)
@@ -295,7 +306,7 @@ class ClusterLedger:
             book = self._books.get(copy.store)
             assert book is not None, f"{copy.store} is gone, its copy is listed"  # noqa: S101 - our own bugs
             assert copy.incarnation == book.info.incarnation, copy  # noqa: S101 - our own bugs
-            assert self.guard.check_demotion(copy.block, copy.format) is None, copy  # noqa: S101 - our own bugs
+            assert self.guard.check_floor(copy.block, copy.format) is None, copy  # noqa: S101 - our own bugs
         for name, book in self._books.items():
             self._validate_book(name, book)
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from hotset.policies import placement
 from hotset.policies.books import Pending, StoreBook, Wish
 from hotset.policies.directory import CopyKey
+from hotset.policies.guard import Refusal, is_lossless
 from hotset.policies.ledger import ClusterLedger
+from hotset.policies.reformat import Change
 from hotset.policies.schedule import Service, service_of
 from hotset.policies.types import (
     STORAGE,
@@ -38,8 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hotset.policies.config import PolicyConfig
-    from hotset.policies.guard import Guardrail, Refusal
-    from hotset.policies.reformat import Change
+    from hotset.policies.guard import Guardrail
 
 _NEAR = {Tier.HOST: 0, Tier.HBM: 1, Tier.COMPRESSED: 1, Tier.CXL: 2, Tier.STORAGE: 3}
 """Order of sources: host memory is faster to read than the memory of a busy device."""
@@ -117,6 +118,22 @@ class Orders(ClusterLedger):
                 reason=change.reason,
             )
         )
+
+    def _repair(self, bound: str, *, cause: str) -> None:
+        """Ask for what the guardrail wants back at full precision, until each has been done."""
+        for block in self.guard.repairing:
+            flat = self._flat[block]
+            for copy in self._directory.of_block(block):
+                book, key = self._books[copy.store], (flat, Format.BF16)
+                if is_lossless(copy.format) or not book.worker:
+                    continue
+                if key in book.pending or key in book.retry_ns:
+                    continue
+                refusal = Refusal(reason=Reason.VETO_DRIFT, bound=bound)
+                self._veto(book, block, copy.format, refusal)
+                self._change(
+                    Change(book, flat, copy.format, Format.BF16, Reason.REPAIR), cause=cause
+                )
 
     def _cancel(
         self, book: StoreBook, flat: int, form: Format, *, cause: str, reason: Reason

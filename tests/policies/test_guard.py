@@ -134,7 +134,7 @@ def test_asking_for_all_blocks_at_once_gives_what_asking_for_each_gives(
     for block in (BlockId(3, 0), BlockId(3, 1)):
         if guard.check_demotion(block, Format.INT4) is None:
             guard.resident(block, [Format.INT4], now_ns=0)
-    blocks = [BlockId(layer, expert) for layer in (0, 3, 7) for expert in range(3)]
+    blocks = tuple(BlockId(layer, expert) for layer in (0, 3, 7) for expert in range(4))
     each = [guard.check_demotion(block, form) is None for block in blocks]
     assert guard.may_compute(blocks, form).tolist() == each
 
