@@ -178,6 +178,31 @@ def demo(**options: Any) -> None:
     _generate(model=DEMO_MODEL, prompts=("def __init__(self",), **options)
 
 
+@main.command()
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Hugging Face directory of a Mixture-of-Experts model; default: the demo model",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True,
+    help="address to listen on; off loopback whoever reaches it can ask the model",
+)  # fmt: skip
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8269, show_default=True,
+    help="port to listen on; 0 takes a free one",
+)  # fmt: skip
+@cluster_options
+def serve(model: Path | None, host: str, port: int, address: str | None, **cluster: Any) -> None:
+    """Serve completions over HTTP, until Ctrl-C."""
+    from hotset.cluster.config import RunConfig
+    from hotset.cluster.serve import run_serve
+
+    given = {key: value for key, value in cluster.items() if value is not None}
+    config = RunConfig.build(model=model or DEMO_MODEL, **given)
+    run_serve(config, host=host, port=port, address=address, say=say)
+
+
 def _generate(  # noqa: PLR0913 - the options of two commands, by name
     *,
     as_json: bool,

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import ray
 
 from hotset.actors.messages import GenerateRequest, TokenChunk, decode, encode
+from hotset.actors.requestlog import RequestLog
 from hotset.errors import ClusterError, HotsetError
+from hotset.transport.records import Code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,13 +31,14 @@ MOST_REPLAYS = 5
 
 @dataclass(slots=True)
 class Served:
-    """How one request went."""
+    """How one request went; `traceparent` is that of its span."""
 
     tokens: list[int] = field(default_factory=list)
     wall_ns: int = 0
     first_token_ns: int = 0
     replays: int = 0
     workers: list[str] = field(default_factory=list)
+    traceparent: str = ""
 
 
 class Front:
@@ -47,26 +50,53 @@ class Front:
         self._busy: Counter[str] = Counter()
         self._avoid: dict[str, float] = {}
         self._lock = threading.Lock()
+        self._log = RequestLog(self._send)
 
-    def generate(
+    def generate(  # noqa: PLR0913 - what is asked, and who is told
         self,
         prompt_ids: Sequence[int],
         *,
         max_new_tokens: int,
         on_tokens: Callable[[list[int]], None] = lambda _tokens: None,
         worker: str | None = None,
+        traceparent: str = "",
+        on_begin: Callable[[str], None] = lambda _header: None,
     ) -> Served:
-        """Serve one request; returns after its last token. Raises what cannot be replayed."""
-        served = Served()
+        """Serve one request; returns after its last token. Raises what cannot be replayed.
+
+        `traceparent` is the caller's (W3C trace context); without one the request is a new trace.
+        `on_begin` gets that of the request's own span, before the first token.
+        """
+        span = self._log.begin(traceparent, prompt_tokens=len(prompt_ids))
+        served = Served(traceparent=span.context.header)
+        on_begin(served.traceparent)
+        code = Code.FAILED
+        try:
+            self._replayed(prompt_ids, served, max_new_tokens, on_tokens, worker)
+            code = Code.OK
+        finally:
+            span.tokens, span.replays = len(served.tokens), served.replays
+            span.first_token_ns = served.first_token_ns
+            span.worker = served.workers[-1] if served.workers else ""
+            self._log.end(span, code=code)
+        return served
+
+    def _replayed(
+        self,
+        prompt_ids: Sequence[int],
+        served: Served,
+        max_new_tokens: int,
+        on_tokens: Callable[[list[int]], None],
+        worker: str | None,
+    ) -> None:
         began_ns = time.monotonic_ns()
         request_id = secrets.token_hex(8)
-        traceparent = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
         while True:
             name = self._pick(worker)
             served.workers.append(name)
             request = GenerateRequest(
                 request_id=request_id,
-                traceparent=traceparent,
+                traceparent=served.traceparent,
                 prompt_ids=tuple(prompt_ids),
                 max_new_tokens=max_new_tokens,
                 skip=len(served.tokens),
@@ -87,7 +117,7 @@ class Front:
                 with self._lock:
                     self._busy[name] -= 1
             served.wall_ns = time.monotonic_ns() - began_ns
-            return served
+            return
 
     def _stream(
         self,
@@ -109,6 +139,11 @@ class Front:
             if isinstance(cause, HotsetError):
                 raise cause from None
             raise
+
+    def _send(self, rows: bytes) -> None:
+        """Send rows to a telemetry actor, the head's if there is one."""
+        actors = self._deployment.telemetry
+        actors.get("head", next(iter(actors.values()))).ingest.remote(rows)
 
     def _pick(self, wanted: str | None) -> str:
         with self._lock:

@@ -49,7 +49,7 @@ def run_generate(
 ) -> RunReport:
     """Serve the prompts and report. Raises HotsetError with a remedy for whatever goes wrong."""
     quiet_environment()
-    _require_transport(config)
+    require_transport(config)
     from hotset.cluster.launch import plan_nodes, prepare
 
     deployment = prepare(config, run=new_run_id(), say=say)
@@ -82,6 +82,51 @@ def run_generate(
         status=status,
         reference=reference,
     )
+
+
+def run_serve(
+    config: RunConfig, *, host: str, port: int, address: str | None, say: Callable[[str], None]
+) -> None:
+    """Serve requests over HTTP until SIGINT or SIGTERM. Raises HotsetError, as `run_generate`."""
+    quiet_environment()
+    require_transport(config)
+    import asyncio
+
+    try:
+        from hotset.cluster.http_front import HttpFront, serve_http
+    except ImportError as error:
+        raise DependencyError(
+            f"serving over HTTP needs aiohttp ({error})", remedy="pip install 'hotset[dashboard]'"
+        ) from None
+    from hotset.cluster.launch import plan_nodes, prepare
+
+    deployment = prepare(config, run=new_run_id(), say=say)
+    tokenizer = load_tokenizer(str(config.model))
+    say(_describe(deployment))
+    shown = f"[{host}]" if ":" in host else host
+    if host not in {"127.0.0.1", "localhost", "::1"}:
+        say(f"anyone who reaches {host} can ask this model")
+    with on_cluster(address, plan_nodes(config), dashboard_port=config.dashboard_port, say=say):
+        try:
+            deployment.start()
+            say("filling the pools")
+            deployment.wait_settled()
+            front = HttpFront(Front(deployment), tokenizer, model=config.model.name)
+            asyncio.run(
+                serve_http(
+                    front,
+                    host=host,
+                    port=port,
+                    ready=lambda bound: say(
+                        f"run {deployment.run} serves http://{shown}:{bound}/v1/completions "
+                        "(Ctrl-C ends it)"
+                    ),
+                )
+            )
+        finally:
+            deployment.stop()
+    say(f"trace and journal: {deployment.run_dir}")
+    merge_traces(deployment.run_dir)
 
 
 def new_run_id() -> str:
@@ -157,7 +202,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _require_transport(config: RunConfig) -> None:
+def require_transport(config: RunConfig) -> None:
     """Try the backend before anything starts. Raises DependencyError."""
     try:
         if config.transport in {"nixl", "auto"}:

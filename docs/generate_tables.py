@@ -65,12 +65,16 @@ def _cell(text: str) -> str:
 
 def options(words: str, *, without: frozenset[str] = frozenset()) -> list[tuple[str, ...]]:
     """Rows of a command's options: spelling, default, meaning; `without` leaves some out."""
-    found = dict(commands(cli.main))[words]
     return [
         (f"`{_spelling(one)}`", _default(one), _help(one))
-        for one in found.params
-        if isinstance(one, click.Option) and one.opts[0] not in without
+        for one in _options_of(words)
+        if one.opts[0] not in without
     ]
+
+
+def _options_of(words: str) -> list[click.Option]:
+    found = dict(commands(cli.main))[words]
+    return [one for one in found.params if isinstance(one, click.Option)]
 
 
 def _spelling(option: click.Option) -> str:
@@ -106,11 +110,12 @@ def _units(attribute: Attribute) -> str:
 
 
 def _other_commands() -> list[tuple[str, ...]]:
+    shared = {one.opts[0] for one in _options_of("hotset generate")} - {"--model"}
     return [
         (f"`{words}`", *row)
         for words, _ in commands(cli.main)
         if words not in {"hotset generate", "hotset demo"}
-        for row in options(words)
+        for row in options(words, without=frozenset(shared if words == "hotset serve" else ()))
     ]
 
 

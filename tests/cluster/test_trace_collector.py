@@ -62,12 +62,17 @@ def test_spans_received_and_dropped_are_the_rows_written(
     assert sum(one.spans for one in ended) == written
     assert len(sink.spans) == sum(one.exported for one in ended)
     assert len(sink.spans) + sum(one.export_dropped for one in ended) == written + dropped
-    arrived = {span.span_id for span in sink.spans}
-    links = [link.span_id for span in sink.spans for link in span.links]
+    arrived = {(span.trace_id, span.span_id) for span in sink.spans}
+    links = [(link.trace_id, link.span_id) for span in sink.spans for link in span.links]
     assert links
     assert set(links) <= arrived
     names = {span.name for span in sink.spans}
     assert {"hotset.plan", "hotset.scale", "hotset.transfer", "hotset.use"} <= names
+    requests = [span for span in sink.spans if span.name == "hotset.request"]
+    steps = [span for span in sink.spans if span.name == "hotset.compute.step"]
+    assert len(requests) == len({span.trace_id for span in requests}) == 3
+    asked = {(span.trace_id, span.span_id) for span in requests}
+    assert {(span.trace_id, span.parent_span_id) for span in steps} == asked
     waits = [span for span in sink.spans if span.name == "hotset.wait"]
     stall_ns = sum(span.end_time_unix_nano - span.start_time_unix_nano for span in waits)
     assert stall_ns == pytest.approx(measured_ns, rel=0.01)
