@@ -22,12 +22,12 @@ from hotset.actors.directory import Directory
 from hotset.actors.fetcher import Fetcher
 from hotset.actors.membership import NAMESPACE, Callbacks, Membership
 from hotset.actors.messages import Rows, encode
+from hotset.actors.ring import SwitchedRing
 from hotset.actors.store import Store
 from hotset.blocks.checkpoint import Catalog
 from hotset.policies.types import StoreInfo, Tier
 from hotset.transport.base import LinkProfile  # noqa: TC001 - msgspec reads annotations
 from hotset.transport.engine import Engine
-from hotset.transport.records import Ring
 from hotset.transport.slab import Slab
 from hotset.transport.storage import StorageReader
 
@@ -100,7 +100,7 @@ class Assembly:
             name=spec.name,
             incarnation=self.incarnation,
         )
-        self.ring = Ring()
+        self.ring = SwitchedRing()
         self.engine = Engine(
             slab=self.slab,
             backend=_backend(spec),

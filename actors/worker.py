@@ -24,6 +24,7 @@ import torch
 from hotset.actors import cgroup
 from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
 from hotset.actors.cache import Delivery, HotCache, Lost
+from hotset.actors.canary import Canary, FullExperts
 from hotset.actors.context import RowIds
 from hotset.actors.messages import (
     ComputeReply,
@@ -40,12 +41,14 @@ from hotset.actors.tokenpath import PathConfig, TokenPath
 from hotset.actors.tracecontext import child_of, parse
 from hotset.actors.uses import Uses
 from hotset.blocks.checkpoint import Catalog
+from hotset.blocks.experts import run_expert, run_expert_tiled
 from hotset.blocks.formats import codec
 from hotset.blocks.generate import TokenStream, generate
 from hotset.blocks.hf import import_model_code, load_skeleton
 from hotset.errors import ClusterError
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape
+from hotset.policies.live_share import LiveShare, ShareBounds
 from hotset.policies.residency import make_policy
 from hotset.policies.types import (
     BlockId,
@@ -77,6 +80,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
     record: bool = False
+    live_check_ratio: float = 0.0  # share of the time that steps take; 0: nothing is checked
 
 
 class GPUWorker:
@@ -101,7 +105,8 @@ class GPUWorker:
                 num_experts=catalog.num_experts,
                 full_nbytes=stride,
                 reduced_nbytes=stride // 2,
-                capacity_bytes=self._parts.slab.capacity_bytes,
+                capacity_bytes=self._parts.slab.capacity_bytes
+                - (stride if self._spec.live_check_ratio else 0),  # the live check's own slot
             ),
             config=ResidencyConfig(),
         )
@@ -138,10 +143,11 @@ class GPUWorker:
             ),
         )
         self._observer = Observer(self._path, layers=catalog.layers, record=self._spec.record)
-        self._skeleton.bind(self._observer)
+        self._requests = 0
+        self._canary = self._live_check() if self._spec.live_check_ratio else None
+        self._skeleton.bind(self._canary or self._observer)
         self._skeleton.model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._skeleton.model.register_forward_hook(self._after)
-        self._requests = 0
         self._serial = 0
         self._lock = threading.Lock()
         self._drained = threading.Event()
@@ -218,13 +224,38 @@ class GPUWorker:
         finally:
             self._policy.forget(serial)
             self._observer.ended(serial)
+            if self._canary is not None:
+                self._canary.ended(serial)
 
     def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._canary is not None and self._canary.mine:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         self._path.begin_step(0 if ids is None else int(ids.shape[-1]))
+        if self._canary is not None and ids is not None:
+            self._canary.step(self._path.context.request, ids)
 
-    def _after(self, _module: Any, _args: Any, _output: Any) -> None:
+    def _after(self, _module: Any, _args: Any, output: Any) -> None:
+        if self._canary is not None and self._canary.mine:
+            return
         self._path.end_step()
+        if self._canary is not None:
+            context = self._path.context
+            step_ns = time.time_ns() - context.step_start_ns
+            self._canary.stepped(context.request, output.logits, step_ns=step_ns)
+
+    def _live_check(self) -> Canary:
+        full = FullExperts(
+            catalog=self._parts.catalog, cache=self._cache, fetcher=self._parts.fetcher,
+            slab=self._parts.slab, reference=self._spec.reference,
+            compute=run_expert_tiled if self._spec.numerics == "tiled" else run_expert,
+        )  # fmt: skip
+        return Canary(
+            self._skeleton.model, served=self._observer, full=full,
+            share=LiveShare(ShareBounds(ratio=self._spec.live_check_ratio)),
+            store=self._spec.store.name, requests=lambda: self._requests,
+            waiting=lambda: self._cache.waiting,
+        )  # fmt: skip
 
     # --- peer -----------------------------------------------------------------------------------
 
@@ -299,6 +330,11 @@ class GPUWorker:
         return True
 
     @ray.method(concurrency_group="ctl")
+    def trace(self, *, on: bool) -> None:
+        """Write rows, or do not: to measure what they cost."""
+        self._parts.ring.switch(on=on)
+
+    @ray.method(concurrency_group="ctl")
     def ship(self) -> None:
         """Send telemetry now, and wait until it is written."""
         self._parts.flush()
@@ -309,6 +345,8 @@ class GPUWorker:
         if self._parts.membership is not None:
             self._parts.membership.stop()
         self._parts.flush()
+        if self._canary is not None:
+            self._canary.close()
 
     # --- membership thread ----------------------------------------------------------------------
 
@@ -382,6 +420,8 @@ class GPUWorker:
             used_bytes=self._parts.slab.used_bytes,
             links=self._parts.fetcher.uses,
         )
+        if self._canary is not None:
+            events += self._canary.take_events()
         counts = self._path.routed_since_last()
         if counts:
             uses = sum(count for _, count in counts)
