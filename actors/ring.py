@@ -17,7 +17,7 @@ class SwitchedRing(Ring):
         if on:
             self.__dict__.pop("append", None)
         else:
-            self.append = _nothing  # type: ignore[method-assign] # only this ring's, and for a while
+            self.append = _nothing  # type: ignore[method-assign,assignment] # only this ring's, and for a while
 
 
 def _nothing(_kind: int, **_columns: int) -> None:
