@@ -182,6 +182,11 @@ class HotCache:
         for one in (*held, *_delivered(inbox)):
             self.done(one)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a block stands in line for a slot."""
+        return bool(self._line)
+
     def done(self, held: Held) -> None:
         """Give a pin back; a block in line may take the slot."""
         with self._lock:

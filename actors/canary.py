@@ -32,19 +32,19 @@ from hotset.actors.fetcher import Landing, Want
 from hotset.blocks.experts import view_weights
 from hotset.blocks.routing import combine, count_experts, group_rows
 from hotset.errors import HotsetError, TransportError
-from hotset.policies.types import LOSSLESS, BlockId, DriftMeasured, Format, Reason
+from hotset.policies.types import BlockId, DriftMeasured, Format, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hotset.actors.cache import Held, HotCache
+    from hotset.actors.cache import HotCache
     from hotset.actors.fetcher import Fetcher
     from hotset.blocks.checkpoint import Catalog
     from hotset.blocks.experts import ExpertsModule, ExpertWeights
     from hotset.blocks.hf import ExpertRunner
     from hotset.blocks.routing import Reference
     from hotset.policies.live_share import LiveShare
-    from hotset.transport.slab import Slab
+    from hotset.transport.slab import Slab, Slot
 
 _NICE = 10
 _LOOK_S = 0.005  # between two looks at the load, or at the slab for a slot
@@ -71,13 +71,12 @@ class FullExperts:
         cache: HotCache,
         fetcher: Fetcher,
         slab: Slab,
-        weights: Callable[[Held], ExpertWeights],
         compute: Compute,
         reference: Reference,
     ) -> None:
-        """All parts belong to one worker; `weights` views a resident block."""
+        """All parts belong to one worker; `compute` and `reference` are the token path's."""
         self._catalog, self._cache, self._fetcher, self._slab = catalog, cache, fetcher, slab
-        self._weights, self._compute, self._reference = weights, compute, reference
+        self._compute, self._reference = compute, reference
         self.rest: Callable[[], None] = lambda: None
         """Called before each block; waits while there is load."""
         self.waited_ns = 0
@@ -106,16 +105,14 @@ class FullExperts:
         began_ns = time.monotonic_ns()
         self.rest()
         held = self._cache.hold(block.layer, block.index)
-        if held is not None and held.format not in LOSSLESS:
-            self._cache.done(held)
-            held = None
         if held is not None:
-            self.waited_ns += time.monotonic_ns() - began_ns
             try:
-                yield self._weights(held)
+                if held.format is Format.BF16:
+                    self.waited_ns += time.monotonic_ns() - began_ns
+                    yield self._view(held.slot)
+                    return
             finally:
                 self._cache.done(held)
-            return
         landing = self._fetch(block)
         self.waited_ns += time.monotonic_ns() - began_ns
         slot = landing.slot
@@ -125,11 +122,14 @@ class FullExperts:
                 remedy="the live check tries again with the next request",
             )
         try:
-            payload = self._slab.torch_view(slot, self._catalog.block_nbytes)
-            yield view_weights(payload, self._catalog.layout)
+            yield self._view(slot)
         finally:
             self._slab.retire(slot)
             self._slab.unpin(slot)
+
+    def _view(self, slot: Slot) -> ExpertWeights:
+        payload = self._slab.torch_view(slot, self._catalog.block_nbytes)
+        return view_weights(payload, self._catalog.layout)
 
     def _fetch(self, block: BlockId) -> Landing:
         """Read the block into a slot that nobody else uses."""

@@ -12,7 +12,6 @@ import os
 import secrets
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,9 +22,10 @@ import torch
 
 from hotset.actors import cgroup
 from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
-from hotset.actors.cache import Delivery, HotCache, Lost
+from hotset.actors.cache import HotCache
 from hotset.actors.canary import Canary, FullExperts
 from hotset.actors.context import RowIds
+from hotset.actors.formatchoice import FormatChoice
 from hotset.actors.messages import (
     ComputeReply,
     ComputeRequest,
@@ -37,12 +37,14 @@ from hotset.actors.messages import (
 )
 from hotset.actors.observe import Observer
 from hotset.actors.peers import RayPeers, rows_from_bytes, rows_to_bytes
+from hotset.actors.quality import QualitySpec
+from hotset.actors.reformer import Reformer
 from hotset.actors.tokenpath import PathConfig, TokenPath
 from hotset.actors.tracecontext import child_of, parse
 from hotset.actors.uses import Uses
+from hotset.actors.weights import WeightViews
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.experts import run_expert, run_expert_tiled
-from hotset.blocks.formats import codec
 from hotset.blocks.generate import TokenStream, generate
 from hotset.blocks.hf import import_model_code, load_skeleton
 from hotset.errors import ClusterError
@@ -50,7 +52,9 @@ from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape
 from hotset.policies.live_share import LiveShare, ShareBounds
 from hotset.policies.residency import make_policy
+from hotset.policies.standin import StandInPurse
 from hotset.policies.types import (
+    LOSSLESS,
     BlockId,
     CancelTransfer,
     ChangeFormat,
@@ -63,11 +67,13 @@ from hotset.policies.types import (
     StartTransfer,
     State,
 )
-from hotset.transport.inbox import Inbox
-from hotset.transport.slab import slot_stride
+from hotset.transport.slab import part_bytes, slot_parts, slot_stride
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_REFUSED = frozenset({Reason.VETO_PRECISION, Reason.VETO_DRIFT})
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +86,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     numerics: Literal["exact", "tiled"] = "exact"
     move: Literal["auto", "weights", "tokens"] = "auto"
     record: bool = False
+    quality: QualitySpec | None = None
     live_check_ratio: float = 0.0  # share of the time that steps take; 0: nothing is checked
 
 
@@ -97,7 +104,8 @@ class GPUWorker:
         self._skeleton = load_skeleton(
             self._spec.store.model, catalog=catalog, device=self._spec.store.device
         )
-        stride = slot_stride(catalog.block_nbytes, self._spec.store.reduced_nbytes)
+        sizes = self._spec.store.payload_nbytes(catalog.block_nbytes)
+        stride = slot_stride(catalog.block_nbytes, *self._spec.store.reduced_sizes())
         self._policy = make_policy(
             self._spec.policy,
             DeviceShape(
@@ -107,25 +115,39 @@ class GPUWorker:
                 reduced_nbytes=stride // 2,
                 capacity_bytes=self._parts.slab.capacity_bytes
                 - (stride if self._spec.live_check_ratio else 0),  # the live check's own slot
+                nbytes={
+                    form: part_bytes(slot_parts(nbytes, stride=stride), stride=stride)
+                    for form, nbytes in sizes.items()
+                    if form not in LOSSLESS
+                },
             ),
             config=ResidencyConfig(),
         )
         row_ids = RowIds(secrets.randbits(62) | 1)
+        quality = self._spec.quality
+        choice = FormatChoice(quality.planned() if quality else {}, directory=self._parts.directory)
         self._cache = HotCache(
             store=self._parts.store,
             fetcher=self._parts.fetcher,
             policy=self._policy,
-            payload_nbytes={
-                Format.BF16: catalog.block_nbytes,
-                Format.INT8: self._spec.store.reduced_nbytes,
-            },
+            payload_nbytes=sizes,
             uses=Uses(self._parts.ring, take_id=row_ids.take),
+            choose=choice.fetched,
+            arrived=lambda landing: self._reformer.arrived(landing),
         )
+        views = WeightViews(catalog=catalog, slab=self._parts.slab, directory=self._parts.directory)
+        self._reformer = Reformer(
+            catalog=catalog, store=self._parts.store, cache=self._cache, choice=choice, views=views
+        )
+        self._purse = StandInPurse(quality.meter()) if quality else None
         device = torch.device(self._spec.store.device)
         self._path = TokenPath(
             catalog=catalog,
-            slab=self._parts.slab,
+            views=views,
             cache=self._cache,
+            choice=choice,
+            reformer=self._reformer,
+            purse=self._purse,
             directory=self._parts.directory,
             peers=RayPeers(
                 run=self._spec.store.run,
@@ -151,7 +173,6 @@ class GPUWorker:
         self._serial = 0
         self._lock = threading.Lock()
         self._drained = threading.Event()
-        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._parts.join(
             command=self._command,
             gauges=self._gauges,
@@ -330,11 +351,6 @@ class GPUWorker:
         return True
 
     @ray.method(concurrency_group="ctl")
-    def trace(self, *, on: bool) -> None:
-        """Write rows, or do not: to measure what they cost."""
-        self._parts.ring.switch(on=on)
-
-    @ray.method(concurrency_group="ctl")
     def ship(self) -> None:
         """Send telemetry now, and wait until it is written."""
         self._parts.flush()
@@ -352,20 +368,22 @@ class GPUWorker:
 
     def _command(self, command: Command) -> None:
         match command:
-            case StartTransfer() if command.format is Format.INT8:
-                self._encoder.submit(self._demote, command.block)
+            case StartTransfer() if command.format not in LOSSLESS:
+                self._reformer.demote(command.block, command.format)
             case StartTransfer():
                 block = (command.block.layer, command.block.index)
                 if not self._cache.prefetch([block], reason=command.reason):
                     self._refuse(command.block, command.format, reason=Reason.VETO_MEMORY)
             case DropCopy():
-                self._cache.drop(command.block, reason=command.reason)
+                if command.reason in _REFUSED and command.format not in LOSSLESS:
+                    self._reformer.refused(command.block)
+                self._cache.drop(command.block, reason=command.reason, only=command.format)
             case CancelTransfer():
                 self._cancel(command.block, command.format)
-            case ChangeFormat() if command.into is Format.INT8:
-                self._encoder.submit(self._demote, command.block)
+            case ChangeFormat() if command.into is Format.BF16:
+                self._reformer.promote(command.block)
             case ChangeFormat():
-                self._promote(command.block)
+                self._reformer.demote(command.block, command.into)
             case _:
                 pass
 
@@ -373,41 +391,6 @@ class GPUWorker:
         """Answer for a transfer that is not under way; one that is answers when it has landed."""
         if self._policy.state(block.layer, block.index) is not State.IN_FLIGHT:
             self._refuse(block, fmt, reason=Reason.CANCELLED)
-
-    def _promote(self, block: BlockId) -> None:
-        """Replace a reduced copy by a full one; compute fetches it if it is needed meanwhile."""
-        if self._policy.format(block.layer, block.index) is not Format.INT8:
-            self._refuse(block, Format.BF16, reason=Reason.STALE)
-            return
-        at = (block.layer, block.index)
-        if not self._cache.drop(block, reason=Reason.PROMOTE):
-            self._refuse(block, Format.BF16, reason=Reason.STALE)  # somebody computes with it
-        elif not self._cache.prefetch([at], reason=Reason.PROMOTE):
-            self._refuse(block, Format.BF16, reason=Reason.VETO_MEMORY)
-
-    def _demote(self, block: BlockId) -> None:
-        """Hold a block in int8: encoded here from the full copy, which is fetched when missing."""
-        held = self._cache.hold(block.layer, block.index)
-        if held is None:
-            inbox: Inbox[Delivery] = Inbox()
-            self._cache.fetch(
-                block.layer, [block.index], inbox=inbox, trace=(0, 0), parent=0,
-                reason=Reason.DEMOTE,
-            )  # fmt: skip
-            arrival = inbox.get()  # a fetch delivers exactly once, whatever happens
-            if isinstance(arrival, Lost):
-                return  # the cache has reported it
-            held = arrival
-        if held.format is Format.INT8:
-            self._cache.done(held)
-            return
-        int8, layout = codec(Format.INT8), self._parts.catalog.layout
-        full = self._parts.slab.torch_view(held.slot, self._parts.catalog.block_nbytes)
-        reduced = torch.zeros(int8.nbytes(layout), dtype=torch.uint8, device=full.device)
-        int8.encode(full, layout, reduced)
-        payload = memoryview(reduced.cpu().numpy().data)
-        if not self._cache.replace(held, Format.INT8, payload):
-            self._refuse(block, Format.INT8, reason=Reason.STALE)
 
     def _refuse(self, block: BlockId, fmt: Format, *, reason: Reason) -> None:
         self._parts.store.report_failure(block, fmt, reason=reason)

@@ -10,7 +10,7 @@ import pytest
 
 from hotset.actors.cache import HotCache
 from hotset.actors.canary import Canary, FullExperts
-from hotset.blocks.experts import run_expert, view_weights
+from hotset.blocks.experts import run_expert
 from hotset.blocks.generate import generate
 from hotset.blocks.hf import load_skeleton
 from hotset.blocks.local import LocalRunner
@@ -67,9 +67,6 @@ class World:
         )
         full = FullExperts(
             catalog=catalog, cache=self.cache, fetcher=node.fetcher, slab=node.slab,
-            weights=lambda held: view_weights(
-                node.slab.torch_view(held.slot, catalog.block_nbytes), catalog.layout
-            ),
             compute=run_expert, reference="eager",
         )  # fmt: skip
         self.requests, self.waiting = 1, False
