@@ -351,6 +351,11 @@ class GPUWorker:
         return True
 
     @ray.method(concurrency_group="ctl")
+    def trace(self, *, on: bool) -> None:
+        """Write rows, or do not: to measure what they cost."""
+        self._parts.ring.switch(on=on)
+
+    @ray.method(concurrency_group="ctl")
     def ship(self) -> None:
         """Send telemetry now, and wait until it is written."""
         self._parts.flush()
