@@ -87,7 +87,13 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     move: Literal["auto", "weights", "tokens"] = "auto"
     record: bool = False
     quality: QualitySpec | None = None
-    live_check_ratio: float = 0.0  # share of the time that steps take; 0: nothing is checked
+    live_check_ratio: float = 0.02  # share of the time that steps take; 0: nothing is checked
+
+    @property
+    def live_check(self) -> bool:
+        """Whether steps are computed again: where nothing may be lost there is nothing to check."""
+        lossy = self.quality is not None and self.quality.budget_nats > 0
+        return lossy and self.live_check_ratio > 0
 
 
 class GPUWorker:
@@ -114,7 +120,7 @@ class GPUWorker:
                 full_nbytes=stride,
                 reduced_nbytes=stride // 2,
                 capacity_bytes=self._parts.slab.capacity_bytes
-                - (stride if self._spec.live_check_ratio else 0),  # the live check's own slot
+                - (stride if self._spec.live_check else 0),  # the live check's own slot
                 nbytes={
                     form: part_bytes(slot_parts(nbytes, stride=stride), stride=stride)
                     for form, nbytes in sizes.items()
@@ -166,7 +172,7 @@ class GPUWorker:
         )
         self._observer = Observer(self._path, layers=catalog.layers, record=self._spec.record)
         self._requests = 0
-        self._canary = self._live_check() if self._spec.live_check_ratio else None
+        self._canary = self._live_check() if self._spec.live_check else None
         self._skeleton.bind(self._canary or self._observer)
         self._skeleton.model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._skeleton.model.register_forward_hook(self._after)
