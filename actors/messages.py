@@ -14,6 +14,7 @@ import msgspec
 from hotset.actors.batches import RowBatch  # noqa: TC001 - msgspec reads annotations
 from hotset.policies.directory import CopyKey  # noqa: TC001 - msgspec reads annotations
 from hotset.policies.types import (
+    BlockId,
     CancelTransfer,
     ChangeFormat,
     Command,
@@ -25,9 +26,12 @@ from hotset.policies.types import (
     DropCopy,
     Event,
     LayerTimes,
+    PlanDecision,
     Pressure,
     PublishEpoch,
+    Replan,
     RouterCounts,
+    Share,
     StartTransfer,
     StoreDraining,
     StoreInfo,
@@ -45,13 +49,14 @@ _EVENTS: dict[str, type[Any]] = {
     for cls in (
         StoreJoined, StoreLost, StoreDraining, RouterCounts,
         CopyLanded, CopyDropped, TransferFailed, LayerTimes, Pressure, Concurrency,
-        DriftMeasured, Tick,
+        DriftMeasured, Tick, Replan,
     )
 }  # fmt: skip
 _COMMANDS: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
-        StartTransfer, CancelTransfer, DropCopy, ChangeFormat, PublishEpoch, Veto, WakeAt,
+        StartTransfer, CancelTransfer, DropCopy, ChangeFormat, PublishEpoch, PlanDecision,
+        Veto, WakeAt,
     )
 }  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
@@ -87,6 +92,15 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     events: list[Any]
     gauges: dict[str, float]
     commands_seen: int = 0
+    plan_epoch: int = -1
+
+
+class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A store's part of the plan for replicas: what it keeps, and where tokens should go."""
+
+    epoch: int
+    keep: tuple[BlockId, ...]
+    shares: tuple[Share, ...]
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +129,7 @@ class HeartbeatReply(Message, frozen=True, kw_only=True):
     commands: list[Any]
     draining: bool
     command_seq: int = 0
+    plan: WorkerPlan | None = None  # only when the store does not know it yet
 
 
 class ExpertRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,6 +231,7 @@ __all__ = [
     "Message",
     "Rows",
     "TokenChunk",
+    "WorkerPlan",
     "decode",
     "encode",
     "pack",

@@ -93,6 +93,7 @@ class StoreBook:
         self.coming = np.zeros(size, dtype=bool)  # a full copy is asked for or queued
         self.landed_ns = np.zeros(size, dtype=np.int64)
         self.left_ns = np.full(size, LONG_AGO_NS, dtype=np.int64)  # when the brain last emptied it
+        self.kept: set[int] = set()  # blocks whose copies plans have promised to the others
         self.unknown_bytes = 0  # in use by the store's own report, but no copy and no claim of ours
         self.retry_ns: dict[tuple[int, Format], int] = {}
         self.pending: dict[tuple[int, Format], Pending] = {}
@@ -162,6 +163,11 @@ class StoreBook:
             if form is Format.BF16:
                 self.coming[flat] = False
         return pending
+
+    def break_promise(self, flat: int) -> None:
+        """Forget that a plan has promised a copy, if it is neither here nor on its way."""
+        if not self.full[flat] and (flat, Format.BF16) not in self.pending:
+            self.kept.discard(flat)
 
     def forget_wishes(self) -> None:
         """Empty the queue."""

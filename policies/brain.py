@@ -23,8 +23,8 @@ from hotset.policies import placement
 from hotset.policies.books import StoreBook
 from hotset.policies.directory import CopyKey
 from hotset.policies.guard import Refusal
-from hotset.policies.orders import Orders
 from hotset.policies.reformat import reformat
+from hotset.policies.replanning import Replanning
 from hotset.policies.schedule import LinkSchedule, Service, service_of
 from hotset.policies.types import (
     BlockInfo,
@@ -38,6 +38,7 @@ from hotset.policies.types import (
     LayerTimes,
     Pressure,
     Reason,
+    Replan,
     RouterCounts,
     StoreDraining,
     StoreJoined,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from hotset.policies.guard import Guardrail
 
 
-class ClusterBrain(Orders):
+class ClusterBrain(Replanning):
     """Pure state machine over the events of hotset.policies.types."""
 
     def __init__(
@@ -72,7 +73,7 @@ class ClusterBrain(Orders):
 
     # --- the only mutating door --------------------------------------------------------------
 
-    def handle(self, event: Event) -> list[Command]:
+    def handle(self, event: Event) -> list[Command]:  # noqa: C901 - one arm for each event
         """Take in one event; return what the cluster should do now, in order."""
         self._now_ns = max(self._now_ns, event.now_ns)
         self._out = []
@@ -95,6 +96,8 @@ class ClusterBrain(Orders):
                 self._observed(event)
             case Tick():
                 self._tick()
+            case Replan():
+                self._replan()
         return self._out
 
     def _joined(self, event: StoreJoined) -> None:
@@ -133,6 +136,7 @@ class ClusterBrain(Orders):
             return
         self._forget(book)
         self._outlook.forget(event.store)
+        self._origins.forget(event.store)
         del self._books[event.store]
         self._plan(
             placement.cover(self._view(), reason=Reason.LOST),
@@ -177,11 +181,11 @@ class ClusterBrain(Orders):
 
     def _counted(self, event: RouterCounts) -> None:
         known = [(self._flat[block], count) for block, count in event.counts if block in self._flat]
-        self._popularity.add(
-            np.array([flat for flat, _ in known], dtype=np.intp),
-            tokens=np.array([min(count, 1 << 35) for _, count in known], dtype=np.int64),
-            passed=event.tokens,
-        )
+        index = np.array([flat for flat, _ in known], dtype=np.intp)
+        tokens = np.array([min(count, 1 << 35) for _, count in known], dtype=np.int64)
+        self._popularity.add(index, tokens=tokens, passed=event.tokens)
+        if event.store in self._books:
+            self._origins.add(event.store, index, tokens=tokens, passed=event.tokens)
         self._outlook.routed(sum(count for _, count in known), tokens=event.tokens)
         self.guard.observe(dict(event.counts), tokens=event.tokens)
 
@@ -219,6 +223,7 @@ class ClusterBrain(Orders):
         book.settle(flat, copy.format)
         book.retry_ns.pop((flat, copy.format), None)
         self._admit(copy, source=event.source, reason=event.reason)
+        book.break_promise(flat)
         self._pump(book)
 
     def _dropped(self, event: CopyDropped) -> None:
@@ -231,6 +236,8 @@ class ClusterBrain(Orders):
             self._ignore(event.block, f"drop of generation {event.generation}", store=event.store)
             return
         self._unlist(book, key)
+        if book.worker:  # a plan does not bring back at once what the worker had no use for
+            book.left_ns[self._flat[event.block]] = self._now_ns
         self._note(
             event.block,
             f"dropped {event.format.value} at {event.store}",
@@ -245,6 +252,7 @@ class ClusterBrain(Orders):
         if book is None or flat is None:
             return
         pending = book.settle(flat, event.format)
+        book.break_promise(flat)
         self._note(
             event.block,
             f"failed {event.format.value} at {event.store}",

@@ -74,6 +74,12 @@ class PolicyConfig:
     """Most bytes of background work on their way to one store."""
     payback_ns: int = 60_000_000_000
     """A move between pools must save more stall than it takes within this time."""
+    plan_ns: int = 10_000_000_000
+    """Time between two plans for the workers' replicas."""
+    plan_gain: float = 0.02
+    """Balancedness that a plan must gain to be worth an epoch: hysteresis against noise in loads."""
+    keep_ratio: float = 0.5
+    """Share of a worker's memory that plans may promise to replicas; the rest is its own cache."""
     dense_at: int = 600
     """Share of all blocks, in thousandths, that a step must touch for the regime to be dense."""
     dense_leave: int = 500

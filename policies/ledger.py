@@ -243,6 +243,7 @@ class ClusterLedger:
         left = [copy for copy in self._directory.of_block(key.block) if copy.store == key.store]
         book.full[flat] = any(copy.format in LOSSLESS for copy in left)
         book.reduced[flat] = any(copy.format not in LOSSLESS for copy in left)
+        book.break_promise(flat)
 
     def _rates(self) -> score.Rates:
         outlook = self._outlook
@@ -325,6 +326,10 @@ class ClusterLedger:
         coming = {flat for flat, form in [*book.pending, *wished] if form is Format.BF16}
         assert coming == set(np.flatnonzero(book.coming).tolist()), name  # noqa: S101 - our own bugs
         assert len(set(wished)) == len(wished), name  # noqa: S101 - our own bugs
+        lost = [f for f in book.kept if not book.full[f] and (f, Format.BF16) not in book.pending]
+        assert not lost, (name, lost)  # noqa: S101 - our own bugs
+        kept = sum(int(self._sizes.full[flat]) for flat in book.kept)
+        assert kept <= book.info.capacity_bytes * self.config.keep_ratio, name  # noqa: S101 - our own bugs
         assert not set(wished) & set(book.pending), name  # noqa: S101 - our own bugs
         census = self.census(name)
         assert sum(census.values()) == len(self.blocks), census  # noqa: S101 - our own bugs

@@ -213,6 +213,25 @@ class Orders(ClusterLedger):
         )
         return True
 
+    def _ask_kept(self, book: StoreBook, wish: Wish) -> None:
+        """Ask a worker for a copy that it should keep; it makes the room, so none is claimed."""
+        block, name = self.blocks[wish.flat].block, book.info.name
+        book.ask(wish, nbytes=0, now_ns=self._now_ns)
+        book.coming[wish.flat] = True
+        self._note(block, f"asked {name} to fetch {wish.format.value}", wish.reason, store=name)
+        self._out.append(
+            StartTransfer(
+                epoch=self.epoch,
+                store=name,
+                block=block,
+                format=wish.format,
+                sources=self._sources(block, book, wish.format),
+                cause=wish.cause,
+                reason=wish.reason,
+                due_ns=wish.due_ns,
+            )
+        )
+
     def _flows(self, book: StoreBook, wish: Wish, *, nbytes: int) -> bool:
         """Whether the bytes in flight leave room; one copy may always fly."""
         if service_of(wish.reason) is Service.BACKGROUND:
@@ -286,6 +305,7 @@ class Orders(ClusterLedger):
         while book.pending and book.used_bytes + book.pending_bytes > book.capacity_bytes:
             flat, form = next(reversed(book.pending))
             book.settle(flat, form)
+            book.break_promise(flat)
             self._note(
                 self.blocks[flat].block,
                 f"gave up its claim at {book.info.name}",
@@ -309,6 +329,7 @@ class Orders(ClusterLedger):
         late = [key for key, pending in book.pending.items() if pending.asked_ns <= before]
         for flat, form in late:
             book.settle(flat, form)
+            book.break_promise(flat)
             book.retry_ns[flat, form] = self._now_ns + self.config.retry_ns
             self._note(
                 self.blocks[flat].block,

@@ -129,6 +129,28 @@ class Outlook:
         layers = max((len(s.times.times) for s in self._said.values() if s.times), default=0)
         return self.step_ns(now_ns) // layers if layers else 0
 
+    def experts_permille(self, now_ns: int) -> int:
+        """Part of a forward pass that experts take, in thousandths; 0: nobody has measured it."""
+        found = [
+            said.times
+            for said in self._said.values()
+            if said.times is not None and self._fresh(said.times.now_ns, now_ns)
+        ]
+        total = sum(ns for times in found for _, ns in times.times)
+        return min(_PERMILLE, sum(t.experts_ns for t in found) * _PERMILLE // total) if total else 0
+
+    def steps_per_s(self, now_ns: int) -> int:
+        """Forward passes of a worker in a second, in thousandths, the mean over those that work."""
+        rates = []
+        for said in self._said.values():
+            load = said.load
+            if load is None or not self._fresh(load.now_ns, now_ns) or not said.load_before_ns:
+                continue
+            span_ns = load.now_ns - said.load_before_ns
+            if span_ns > 0 and load.steps > 0:
+                rates.append(load.steps * _PERMILLE * 1_000_000_000 // span_ns)
+        return sum(rates) // len(rates) if rates else 0
+
     def tokens_per_s(self, now_ns: int) -> int:
         """Tokens that all workers compute in a second; 0: none, or nobody has said."""
         total = 0

@@ -78,6 +78,8 @@ class Reason(StrEnum):
     PRESSURE = "pressure"  # compute needs the link or the memory
     VETO_LATE = "veto_late"  # refused: it cannot land in time
     VETO_SOONER = "veto_sooner"  # refused: it would displace something that is needed sooner
+    BALANCED = "balanced"  # a plan would gain too little to be worth an epoch
+    VETO_COST = "veto_cost"  # refused: moving takes longer than it saves
     VETO_DRIFT = "veto_drift"  # refused: the live check measured more than the quality budget
     REPAIR = "repair"  # back to full precision: the measured drift is over the budget
     CHECK = "check"  # the live check computes a step again at full precision
@@ -133,6 +135,18 @@ class StoreInfo:
     node: str
     incarnation: int
     capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """The part of a block's tokens, in thousandths, that other workers should send to `store`.
+
+    Tokens of a worker that holds the block itself are computed there and do not count.
+    """
+
+    block: BlockId
+    store: str
+    permille: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +243,8 @@ class TransferFailed:
 class LayerTimes:
     """Mean time of each MoE layer at one worker over `steps` forward passes, its stalls left out.
 
-    `times` holds (layer, ns), stall_ns the waits of all layers together, for one pass.
+    `times` holds (layer, ns), stall_ns the waits of all layers together, for one pass, and
+    experts_ns the part of the times that experts took; 0: nobody measured it.
     """
 
     now_ns: int
@@ -237,6 +252,7 @@ class LayerTimes:
     steps: int
     times: tuple[tuple[int, int], ...]
     stall_ns: int = 0
+    experts_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +309,13 @@ class DriftMeasured:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time has passed."""
+
+    now_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replan:
+    """Consider which workers keep which replicas. Comes slowly; what it finds may be nothing."""
 
     now_ns: int
 
@@ -381,6 +404,27 @@ class PublishEpoch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDecision:
+    """What became of a plan for the workers' replicas; refused ones are told of as well.
+
+    Balancedness is the mean over layers of mean by largest load of a worker, in millionths: before,
+    and after `moves` copies of `nbytes` together. `reason` is REBALANCE for a plan in force,
+    BALANCED when it would gain too little, VETO_COST when moving would take longer than it saves.
+    """
+
+    epoch: int
+    cause: str
+    reason: Reason
+    before_ppm: int
+    after_ppm: int
+    moves: int
+    nbytes: int
+    saved_ns_per_step: int
+    move_ns: int
+    horizon_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Veto:
     """A decision that was refused, with the bound that the refusal protects."""
 
@@ -399,7 +443,16 @@ class WakeAt:
     at_ns: int
 
 
-Command = StartTransfer | CancelTransfer | DropCopy | ChangeFormat | PublishEpoch | Veto | WakeAt
+Command = (
+    StartTransfer
+    | CancelTransfer
+    | DropCopy
+    | ChangeFormat
+    | PublishEpoch
+    | PlanDecision
+    | Veto
+    | WakeAt
+)
 
 STORAGE = "storage"
 """Name of the store of tier 4 that every process reads by itself: the checkpoint's files."""

@@ -103,8 +103,29 @@ class ClusterModel:
             case ChangeFormat():
                 return self._failed(command, command.into, reason=Reason.STALE)
             case StartTransfer() if works:
+                self.make_room(command)
                 return self._landed(command, command.format, source=command.sources[0])
         return self._failed(command, command.format, reason=Reason.TIMEOUT)
+
+    def make_room(self, command: StartTransfer) -> None:
+        """A worker gives up what no plan has asked it to keep, as it does for its own fetches."""
+        (info,) = [store for store in self.brain.stores() if store.name == command.store] or [None]
+        if info is None or info.tier is not Tier.HBM or command.reason is not Reason.REPLICATE:
+            return
+        if self.brain.used_bytes(info.name) + SLOT <= info.capacity_bytes:
+            return
+        kept = {*self.brain.keeps(info.name), command.block}
+        mine = [copy for copy in self.brain.directory() if copy.store == info.name]
+        victim = min(
+            (copy for copy in mine if copy.block not in kept),
+            key=lambda copy: (copy.block.index == 0, copy.block),
+        )
+        self.send(
+            CopyDropped(
+                now_ns=self.now_ns, store=info.name, block=victim.block, format=victim.format,
+                reason=Reason.EVICT, incarnation=victim.incarnation,
+            )
+        )  # fmt: skip
 
     def _give_up(self, command: CancelTransfer) -> list[Command]:
         """A transfer that has not begun ends; one that has, ends by itself."""

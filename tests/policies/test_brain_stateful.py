@@ -32,6 +32,7 @@ from hotset.policies.types import (
     LinkUse,
     Pressure,
     Reason,
+    Replan,
     RouterCounts,
     StoreDraining,
     StoreInfo,
@@ -210,6 +211,33 @@ class BrainWalk(RuleBasedStateMachine):
     def tick(self, later_ns: int) -> None:
         self.model.now_ns += later_ns
         self.send(Tick(now_ns=self.model.now_ns))
+
+    @rule(later_ns=st.integers(0, 60))
+    def replan(self, later_ns: int) -> None:
+        self.model.now_ns += later_ns
+        self.send(Replan(now_ns=self.model.now_ns))
+
+    @rule(hot=BLOCKS, steps=st.integers(1, 4))
+    def busy_minute(self, hot: BlockId, steps: int) -> None:
+        """Both workers say all that a plan needs to know."""
+        for _ in range(2):
+            self.model.now_ns += 10
+            now_ns = self.model.now_ns
+            for name in ("w0", "w1"):
+                counts = tuple(
+                    (BlockId(layer, index), 50 if index == hot.index else 5)
+                    for layer in range(LAYERS)
+                    for index in range(EXPERTS)
+                )
+                times = tuple((layer, 40) for layer in range(LAYERS))
+                self.send(RouterCounts(now_ns=now_ns, store=name, counts=counts, tokens=70))
+                self.send(
+                    Concurrency(now_ns=now_ns, store=name, requests=1, steps=steps, tokens=70)
+                )
+                self.send(
+                    LayerTimes(now_ns=now_ns, store=name, steps=steps, times=times, experts_ns=60)
+                )
+        self.send(Replan(now_ns=self.model.now_ns))
 
     @rule(version=st.integers(0, 80))
     def read_changes(self, version: int) -> None:
