@@ -25,7 +25,7 @@ from hotset.actors.messages import Rows, encode
 from hotset.actors.ring import SwitchedRing
 from hotset.actors.store import Store
 from hotset.blocks.checkpoint import Catalog
-from hotset.policies.types import StoreInfo, Tier
+from hotset.policies.types import Format, StoreInfo, Tier
 from hotset.transport.base import LinkProfile  # noqa: TC001 - msgspec reads annotations
 from hotset.transport.engine import Engine
 from hotset.transport.slab import Slab
@@ -43,7 +43,9 @@ class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a store is told at birth.
 
     `link` is the emulated link that peers read it over. `token` is the run's: stores without it are
-    not read, and cannot read over plain TCP or UCX.
+    not read, and cannot read over plain TCP or UCX. `formats`: payload bytes of the lossy formats
+    that the run may use beside int8. `packs`: blocks are held compressed without loss where that
+    makes reading them over the link faster.
     """
 
     run: str
@@ -58,6 +60,22 @@ class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     link: LinkProfile | None = None
     transport: str = "nixl"
     token: bytes = b""
+    formats: dict[str, int] = msgspec.field(default_factory=dict)
+    packs: bool = False
+
+    def reduced_sizes(self) -> tuple[int, ...]:
+        """Payload sizes below the full one, a class of slots for each."""
+        return tuple(sorted({self.reduced_nbytes, *self.formats.values()}, reverse=True))
+
+    def payload_nbytes(self, full: int) -> dict[Format, int]:
+        """Payload of a block by format; a compressed one takes a full slot."""
+        lossy = {Format(name): nbytes for name, nbytes in self.formats.items()}
+        return {
+            Format.BF16: full,
+            Format.BF16Z: full,
+            Format.INT8: self.reduced_nbytes,
+            **lossy,
+        }
 
 
 def peak_rss_bytes() -> int:
@@ -95,7 +113,7 @@ class Assembly:
         self.slab = Slab(
             capacity_bytes=spec.capacity_bytes,
             slot_payload_bytes=self.catalog.block_nbytes,
-            reduced_payload_bytes=spec.reduced_nbytes,
+            reduced_payload_bytes=spec.reduced_sizes(),
             device=spec.device,
             name=spec.name,
             incarnation=self.incarnation,

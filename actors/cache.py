@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotset.actors.fetcher import Landing, Want
-from hotset.policies.types import BlockId, Format, Reason
+from hotset.policies.types import LOSSLESS, BlockId, Format, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hotset.actors.fetcher import Fetcher
     from hotset.actors.store import Store
@@ -41,6 +41,7 @@ class Held(NamedTuple):
     transfer_id: int = 0
     reason: Reason = Reason.DEMAND
     trace: tuple[int, int] = (0, 0)  # of the request that asked for the transfer
+    stands_in: bool = False  # a cheap copy, for the full one that is on its way
 
 
 class Lost(NamedTuple):
@@ -61,13 +62,26 @@ class _Flight:
     reason: Reason
     trace: tuple[int, int]
     parent: int
+    full: bool = False  # bring full precision, whatever the plan would take
     waiters: list[Inbox[Delivery]] = field(default_factory=list)
+
+
+def _full(_block: BlockId) -> Format:
+    return Format.BF16
+
+
+def _always(_block: BlockId, _form: Format) -> bool:
+    return True
+
+
+def _ignore(_landing: Landing) -> None:
+    return None
 
 
 class HotCache:
     """Blocks in one device's slots, under a residency policy."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of one cache, by keyword
         self,
         *,
         store: Store,
@@ -75,16 +89,21 @@ class HotCache:
         policy: ResidencyPolicy,
         payload_nbytes: dict[Format, int],
         uses: Uses | None = None,
+        choose: Callable[[BlockId], Format] = _full,
+        arrived: Callable[[Landing], None] = _ignore,
     ) -> None:
         """`payload_nbytes` is the payload of a block by format (the policy counts whole slots).
 
-        `uses` is told what became of each landed block.
+        `uses` is told what became of each landed block. `choose` names the format to fetch a block
+        in, `arrived` is called for each block that has landed, on the engine's thread.
         """
         self._store = store
         self._fetcher = fetcher
         self._policy = policy
         self._payload_nbytes = payload_nbytes
         self._uses = uses
+        self._choose = choose
+        self._arrived = arrived
         self._flights: dict[BlockId, _Flight] = {}
         self._line: deque[BlockId] = deque()
         self._lock = threading.Lock()
@@ -100,14 +119,26 @@ class HotCache:
         step: int,
         request: int,
         inbox: Inbox[Delivery],
+        may_stand_in: Callable[[BlockId, Format], bool] = _always,
     ) -> tuple[list[Held], LayerPlan]:
         """Pin what is here, join what is coming, and say what is missing or worth a prefetch.
 
-        Each expert of `plan.arriving` will be delivered to `inbox` exactly once.
+        Each expert of `plan.arriving` will be delivered to `inbox` exactly once; so will one whose
+        cheap copy is here and whose full one is coming, unless `may_stand_in` takes the cheap one.
         """
         with self._lock:
             plan = self._policy.routed(layer, experts, counts, step=step, request=request)
-            held = [self._hold(layer, expert) for expert in plan.resident]
+            held: list[Held] = []
+            for expert in plan.resident:
+                coming = self._flights.get(BlockId(layer, expert))
+                if coming is None:
+                    held.append(self._hold(layer, expert))
+                    continue
+                cheap = self._policy.format(layer, expert)
+                if cheap is not None and may_stand_in(BlockId(layer, expert), cheap):
+                    held.append(self._hold(layer, expert)._replace(stands_in=True))
+                else:
+                    coming.waiters.append(inbox)
             for expert in plan.arriving:
                 self._flights[BlockId(layer, expert)].waiters.append(inbox)
         return held, plan
@@ -121,8 +152,12 @@ class HotCache:
         trace: tuple[int, int],
         parent: int,
         reason: Reason = Reason.DEMAND,
+        full: bool = False,
     ) -> None:
-        """Bring missing experts here; each is delivered to `inbox` exactly once."""
+        """Bring missing experts here; each is delivered to `inbox` exactly once.
+
+        `full`: at full precision, whatever `choose` says; a copy that is here serves as it is.
+        """
         wants: list[Want] = []
         with self._lock:
             for expert in experts:
@@ -133,7 +168,7 @@ class HotCache:
                 elif self._policy.format(layer, expert) is not None:
                     inbox.put(self._hold(layer, expert))
                 else:
-                    flight = _Flight(reason=reason, trace=trace, parent=parent)
+                    flight = _Flight(reason=reason, trace=trace, parent=parent, full=full)
                     flight.waiters.append(inbox)
                     self._flights[block] = flight
                     self._admit_or_queue(block, flight, wants)
@@ -204,11 +239,11 @@ class HotCache:
 
     # --- controller's commands ------------------------------------------------------------------
 
-    def drop(self, block: BlockId, *, reason: Reason) -> bool:
-        """Free a block unless somebody computes with it right now."""
+    def drop(self, block: BlockId, *, reason: Reason, only: Format | None = None) -> bool:
+        """Free a block unless somebody computes with it right now; `only` in this format."""
         with self._lock:
             fmt = self._policy.format(block.layer, block.index)
-            if fmt is None or block in self._flights:
+            if fmt is None or block in self._flights or only not in {None, fmt}:
                 return False
             if self._store.slab.pins(self._slot(block, fmt)):
                 return False
@@ -217,26 +252,51 @@ class HotCache:
         self._fetcher.start(wants)
         return True
 
-    def replace(self, held: Held, fmt: Format, payload: memoryview) -> bool:
+    def upgrade(self, block: BlockId, *, reason: Reason) -> bool:
+        """Fetch the full copy of a block of which a cheap one is here; that stays until then.
+
+        False when there is no cheap copy, the block is on its way, or there is no room.
+        """
+        layer, expert = block.layer, block.index
+        with self._lock:
+            cheap = self._policy.format(layer, expert)
+            if cheap is None or cheap in LOSSLESS or block in self._flights or self._line:
+                return False
+            flight = _Flight(reason=reason, trace=(0, 0), parent=0, full=True)
+            self._policy.pin(layer, expert)  # it must not make way for its own successor
+            want = self._admit(block, flight, evict=True)
+            self._policy.unpin(layer, expert)
+            if want is None:
+                return False
+            self._flights[block] = flight
+        self._fetcher.start([want])
+        return True
+
+    def replace(
+        self, held: Held, fmt: Format, payload: memoryview, *, reason: Reason = Reason.DEMOTE
+    ) -> bool:
         """Put another format of a held block in its place; takes the hold back.
 
-        False, and nothing changed, when somebody else holds the block too.
+        False when somebody else holds the block too or another copy is coming, and nothing has
+        changed; or when another took the slot meanwhile, and the block is not here any more.
         """
         block = BlockId(held.layer, held.expert)
         with self._lock:
             self._policy.unpin(held.layer, held.expert)
             alone = self._store.slab.pins(held.slot) == 1
             self._store.unpin(held.slot)
-            if not alone:
+            if not alone or block in self._flights:
                 return False
-            self._store.drop(block, held.format, reason=Reason.DEMOTE)
+            self._store.drop(block, held.format, reason=reason)
             slot = self._store.slab.allocate(len(payload))
-            assert slot is not None, "a smaller copy fits where the larger one was"  # noqa: S101 - own bug
-            self._store.fill(slot, payload, block=block, fmt=fmt)
-            self._policy.demoted(held.layer, held.expert, fmt)
+            if slot is None:  # a read that went on in a fresh slot was faster
+                self._policy.dropped(held.layer, held.expert, reason=Reason.EVICT)
+            else:
+                self._store.fill(slot, payload, block=block, fmt=fmt, reason=reason)
+                self._policy.demoted(held.layer, held.expert, fmt)
             wants = self._serve_line()
         self._fetcher.start(wants)
-        return True
+        return slot is not None
 
     # --- engine's thread ------------------------------------------------------------------------
 
@@ -249,8 +309,11 @@ class HotCache:
                 wants = self._fail(landing, flight)
             else:
                 del self._flights[landing.block]
+                before = self._policy.format(layer, expert)
                 self._store.adopt(landing)
-                self._policy.landed(layer, expert)
+                self._policy.landed(layer, expert, landing.format)
+                if before is not None and before is not landing.format:
+                    self._store.drop(landing.block, before, reason=Reason.PROMOTE)
                 if self._uses is not None:
                     self._uses.landed(landing)
                     if flight.waiters:
@@ -273,9 +336,13 @@ class HotCache:
                 self._store.unpin(landing.slot)  # the pin that it arrived with
                 wants = self._serve_line()
         self._fetcher.start(wants)
+        if landing.slot is not None:
+            self._arrived(landing)
 
     def _fail(self, landing: Landing, flight: _Flight) -> list[Want]:
-        if landing.no_slot and flight.waiters:
+        cheap = landing.format not in LOSSLESS  # whoever had it so may be gone: storage never is
+        if flight.waiters and (landing.no_slot or (cheap and not flight.full)):
+            flight.full = flight.full or cheap
             self._line.appendleft(landing.block)
             return self._serve_line()
         del self._flights[landing.block]
@@ -318,7 +385,7 @@ class HotCache:
 
     def _admit(self, block: BlockId, flight: _Flight, *, evict: bool) -> Want | None:
         """Make room and claim a slot; None when everything is pinned or on its way."""
-        fmt = Format.BF16
+        fmt = Format.BF16 if flight.full else self._choose(block)
         want_bytes = self._policy.nbytes(fmt)
         slot = None
         while slot is None:

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hotset.actors.dispatchplan import DispatchPlan
 from hotset.policies.choose import LinkCost
 from hotset.policies.types import STORAGE, BlockId, Copy, Format, Tier
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # First guesses until a link has been measured: storage is the slowest.
 _FIRST_BYTES_PER_S = 2_000_000_000
 _FIRST_STORAGE_BYTES_PER_S = 800_000_000
+_FIRST_DECODED_BYTES_PER_S = 3_000_000_000
 _FIRST_LATENCY_NS = 100_000
 _FIRST_DISPATCH_NS = 2_000_000
 
@@ -44,7 +46,9 @@ class Directory:
         self._copies: dict[BlockId, tuple[Copy, ...]] = {}
         self._costs: dict[str, LinkCost] = {}
         self._dispatch: dict[str, LinkCost] = {}
+        self._decoding: dict[Format, LinkCost] = {}
         self._tiers: dict[str, Tier] = {}
+        self.plan = DispatchPlan()
         self._lock = threading.Lock()
         self.epoch = 0
         self.version = 0
@@ -129,22 +133,38 @@ class Directory:
             cost = self._dispatch.setdefault(store, fresh)
         return cost
 
+    def decoding(self, form: Format) -> LinkCost:
+        """Measured cost of decoding here, by full-precision bytes."""
+        cost = self._decoding.get(form)
+        if cost is None:
+            fresh = LinkCost(latency_ns=_FIRST_LATENCY_NS, bytes_per_s=_FIRST_DECODED_BYTES_PER_S)
+            cost = self._decoding.setdefault(form, fresh)
+        return cost
+
     def sources(
         self, block: BlockId, *, fmt: Format, nbytes: int, allow: frozenset[str] | None = None
     ) -> list[Source]:
         """Sources of a block in one format, cheapest first; storage stands last or where it is.
 
-        `allow` restricts the stores (a command that names its sources).
+        Full precision may also come compressed without loss: fewer bytes on the link, and a
+        decoding that counts. `allow` restricts the stores (a command that names its sources).
         """
         found = [
-            Source(store=c.store, copy=c, cost_ns=self.cost(c.store).estimate_ns(nbytes))
+            Source(store=c.store, copy=c, cost_ns=self._price(c, fmt=fmt, nbytes=nbytes))
             for c in self._copies.get(block, ())
-            if c.format is fmt and (allow is None or c.store in allow)
+            if (c.format is fmt or (fmt is Format.BF16 and c.format is Format.BF16Z))
+            and (allow is None or c.store in allow)
         ]
         found.append(
             Source(store=STORAGE, copy=None, cost_ns=self.cost(STORAGE).estimate_ns(nbytes))
         )
         return sorted(found, key=lambda source: source.cost_ns)
+
+    def _price(self, copy: Copy, *, fmt: Format, nbytes: int) -> int:
+        link = self.cost(copy.store)
+        if copy.format is fmt:
+            return link.estimate_ns(nbytes)
+        return link.estimate_ns(copy.nbytes) + self.decoding(copy.format).estimate_ns(nbytes)
 
 
 def _same(left: Copy, right: Copy | CopyKey) -> bool:

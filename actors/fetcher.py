@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hotset.actors.observe import LinkSums
 from hotset.errors import HotsetError
-from hotset.policies.types import FORMAT_CODES, STORAGE, BlockId, Format, Reason
+from hotset.policies.types import FORMAT_CODES, LOSSLESS, STORAGE, BlockId, Format, Reason
 from hotset.transport.base import (
     Expect,
     FileItem,
@@ -109,7 +109,7 @@ class Fetcher:
                 want.sources = self._directory.sources(
                     want.block, fmt=want.format, nbytes=want.nbytes, allow=want.allow
                 )
-                if want.format is not Format.BF16:
+                if want.format not in LOSSLESS:
                     want.sources = [s for s in want.sources if s.copy is not None]
             if want.sources:
                 groups.setdefault(want.sources[0].store, []).append(want)
@@ -117,7 +117,7 @@ class Fetcher:
                 self._slab.fail(want.slot)
                 self._end(want, None, source="", transfer_id=0, error="no source has it")
         for store, group in groups.items():
-            size = max(1, _BATCH_BYTES // group[0].nbytes)
+            size = max(1, _BATCH_BYTES // _wire_nbytes(group[0]))
             for first in range(0, len(group), size):
                 self._post(store, group[first : first + size])
 
@@ -128,7 +128,7 @@ class Fetcher:
         return time.monotonic_ns() - min(posted) if posted else 0
 
     def _post(self, store: str, group: list[Want]) -> None:
-        nbytes = sum(want.nbytes for want in group)
+        nbytes = sum(_wire_nbytes(want) for want in group)
         estimate = self._directory.cost(store).estimate_ns(nbytes)
         deadline = time.monotonic_ns() + _DEADLINE_FLOOR_NS + _DEADLINE_FACTOR * estimate
         first = group[0]
@@ -164,8 +164,8 @@ class Fetcher:
             transfer_id = outcome.transfer_id + offset
             self._learn(want, item)
             if item.status is Status.DONE:
-                self._count(item.source, want.nbytes)
-                if want.format is Format.BF16:
+                self._count(item.source, _wire_nbytes(want))
+                if _wire_format(want) is Format.BF16:
                     self._checksums.setdefault(want.block, item.checksum)
                 trace = group[0].trace  # one span context for all that travels together
                 self._end(want, item, source=item.source, transfer_id=transfer_id, trace=trace)
@@ -218,9 +218,9 @@ class Fetcher:
         want.on_end(
             Landing(
                 block=want.block,
-                format=want.format,
+                format=want.format if item is None else _wire_format(want),
                 slot=None if item is None else item.dest,
-                nbytes=want.nbytes,
+                nbytes=want.nbytes if item is None else _wire_nbytes(want),
                 checksum=0 if item is None else item.checksum,
                 generation=0 if item is None else item.generation,
                 source=source,
@@ -241,7 +241,7 @@ class Fetcher:
         assert copy is not None  # noqa: S101 - storage goes through read_files
         expect = Expect(
             key=self._catalog.key(want.block),
-            format_code=FORMAT_CODES[want.format],
+            format_code=FORMAT_CODES[copy.format],
             nbytes=copy.nbytes,
             generation=copy.generation,
             checksum=copy.checksum,
@@ -267,11 +267,23 @@ class Fetcher:
         )
 
 
+def _wire_format(want: Want) -> Format:
+    """Format in which the source that is tried now sends the block."""
+    copy = want.sources[0].copy if want.sources else None
+    return want.format if copy is None else copy.format
+
+
+def _wire_nbytes(want: Want) -> int:
+    copy = want.sources[0].copy if want.sources else None
+    return want.nbytes if copy is None else copy.nbytes
+
+
 def _peers_after(want: Want) -> tuple[Replica, ...]:
-    """Further peers with the block, up to where storage stands in the order."""
-    others = []
+    """Further peers with the same bytes, up to where storage or another format stands."""
+    others: list[Replica] = []
+    first = want.sources[0].copy
     for source in want.sources[1:]:
-        if source.copy is None:
+        if source.copy is None or first is None or source.copy.format is not first.format:
             break
         others.append(
             Replica(

@@ -8,12 +8,16 @@ trace say so.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from hotset.actors.assembly import Assembly, StoreSpec, peak_rss_bytes
 from hotset.actors.pool import PoolCore
-from hotset.policies.types import Format, Tier
+from hotset.policies.types import Tier
+
+if TYPE_CHECKING:
+    from hotset.actors.packing import Packer
 
 
 class MemoryPool:
@@ -26,16 +30,21 @@ class MemoryPool:
         self._core = PoolCore(
             store=self._parts.store,
             fetcher=self._parts.fetcher,
-            nbytes={
-                Format.BF16: self._parts.catalog.block_nbytes,
-                Format.INT8: self._spec.reduced_nbytes,
-            },
+            directory=self._parts.directory,
+            nbytes=self._spec.payload_nbytes(self._parts.catalog.block_nbytes),
+            packer=self._packer,
+            packs=self._spec.packs,
         )
         self._parts.join(
             command=self._core.command,
             gauges=lambda: {"pending": self._core.pending},
             drained=lambda: None,
         )
+
+    def _packer(self) -> Packer:
+        from hotset.actors.packing import Packer  # imports torch: only a pool that encodes does
+
+        return Packer(self._parts.catalog.layout, link=self._spec.link)
 
     def __repr__(self) -> str:
         """What the Ray dashboard shows beside each log line."""

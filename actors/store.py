@@ -158,7 +158,15 @@ class Store:
         with self._lock:
             self._outbox = events + self._outbox
 
-    def fill(self, slot: Slot, payload: memoryview, *, block: BlockId, fmt: Format) -> Copy:
+    def fill(
+        self,
+        slot: Slot,
+        payload: memoryview,
+        *,
+        block: BlockId,
+        fmt: Format,
+        reason: Reason = Reason.DEMOTE,
+    ) -> Copy:
         """Write a payload made here into a FILLING slot and list it."""
         digest = checksum(payload)
         self.slab.write_payload(slot, payload)
@@ -176,7 +184,7 @@ class Store:
             nbytes=len(payload),
             checksum=digest,
             generation=generation,
-            reason=Reason.DEMOTE,
+            reason=reason,
             source=self.info.name,
         )
         return self._copies[block, fmt]

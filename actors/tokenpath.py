@@ -13,15 +13,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from hotset.actors.cache import Delivery, Held, Lost
 from hotset.actors.context import Context
+from hotset.actors.dispatch import Dispatched, Dispatcher
 from hotset.actors.linkload import LinkLoad
-from hotset.actors.tracecontext import TraceContext, signed
+from hotset.actors.tracecontext import signed
 from hotset.blocks.experts import run_expert, run_expert_tiled, view_weights
 from hotset.blocks.formats import codec
 from hotset.blocks.routing import Groups, combine, count_experts
@@ -29,7 +30,7 @@ from hotset.errors import TransferTimeout, TransportError
 from hotset.policies.choose import Move, move_tokens_or_weights
 from hotset.policies.types import FORMAT_CODES, BlockId, Format, Tier
 from hotset.transport.inbox import Inbox
-from hotset.transport.records import NO_NAME, Code, Kind
+from hotset.transport.records import NO_NAME, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,43 +41,20 @@ if TYPE_CHECKING:
     from hotset.actors.cache import HotCache
     from hotset.actors.context import RowIds
     from hotset.actors.directory import Directory
+    from hotset.actors.dispatch import Peers
+    from hotset.actors.formatchoice import FormatChoice
+    from hotset.actors.reformer import Reformer
+    from hotset.actors.tracecontext import TraceContext
+    from hotset.actors.weights import WeightViews
     from hotset.blocks.checkpoint import Catalog
-    from hotset.blocks.experts import ExpertsModule, ExpertWeights
+    from hotset.blocks.experts import ExpertsModule
     from hotset.blocks.routing import Reference
     from hotset.policies.residency import LayerPlan
+    from hotset.policies.standin import StandInPurse
     from hotset.transport.records import Ring
-    from hotset.transport.slab import Slab
 
 _PATIENCE_NS = 60_000_000_000
-_DISPATCH_S = 2.0
 _LAYER_SAMPLE = 16  # one step in this many gets a row for each layer
-
-
-class Peers(Protocol):
-    """Workers that take tokens."""
-
-    def compute(
-        self,
-        store: str,
-        *,
-        layer: int,
-        parts: Sequence[tuple[int, torch.Tensor]],
-        timeout_s: float,
-        asked: TraceContext,
-    ) -> dict[int, torch.Tensor | None]:
-        """Outputs by expert; None where the peer no longer holds it. Raises TransportError.
-
-        `asked` is the context of the dispatch.
-        """
-
-
-class Dispatched(NamedTuple):
-    """A peer's answer (or its absence) for the experts that were sent to it."""
-
-    store: str
-    layer: int
-    outputs: dict[int, torch.Tensor | None]
-    row_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +73,11 @@ class TokenPath:
         self,
         *,
         catalog: Catalog,
-        slab: Slab,
+        views: WeightViews,
         cache: HotCache,
+        choice: FormatChoice,
+        reformer: Reformer,
+        purse: StandInPurse | None,
         directory: Directory,
         peers: Peers,
         ring: Ring,
@@ -104,21 +85,23 @@ class TokenPath:
         row_ids: RowIds,
         config: PathConfig,
     ) -> None:
-        """All parts belong to one worker."""
+        """All parts belong to one worker. `purse` pays for stand-ins; None: they cost nothing."""
         self._catalog = catalog
-        self._slab = slab
+        self._views = views
         self._cache = cache
+        self._choice = choice
+        self._reformer = reformer
+        self._purse = purse
+        self._purse_lock = threading.Lock()
         self._directory = directory
-        self._peers = peers
+        self._dispatcher = Dispatcher(peers=peers, directory=directory, ring=ring, row_ids=row_ids)
         self._ring = ring
         self._counters = counters
         self._row_ids = row_ids
         self.config = config
-        self._compute = run_expert_tiled if config.numerics == "tiled" else run_expert
-        self._views: dict[int, ExpertWeights] = {}
+        self.compute_expert = run_expert_tiled if config.numerics == "tiled" else run_expert
+        self.weights = views.of
         self._local = threading.local()
-        self._senders = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dispatch")
-        self._int8 = codec(Format.INT8)
         self._link = LinkLoad()
         self._routed: Counter[BlockId] = Counter()
         self._routed_lock = threading.Lock()
@@ -145,6 +128,9 @@ class TokenPath:
         context.step_row = self._row_ids.take()
         context.step_start_ns = time.time_ns()
         context.tokens = tokens
+        if self._purse is not None:
+            with self._purse_lock:
+                self._purse.earn(tokens)
 
     def end_step(self) -> None:
         """A forward pass has ended."""
@@ -179,6 +165,7 @@ class TokenPath:
         ready, plan = self._cache.begin(
             layer, experts, counts,
             step=context.step, request=context.request, inbox=inbox,  # type: ignore[arg-type] # a queue of more kinds
+            may_stand_in=partial(self._may_stand_in, top_k_index, top_k_weights),
         )  # fmt: skip
         groups = Groups(top_k_index, reference=self.config.reference)
         outputs: dict[int, torch.Tensor] = {}
@@ -188,7 +175,7 @@ class TokenPath:
             while ready:
                 held = ready.pop(0)
                 outputs[held.expert] = self._expert(module, hidden, groups, held)
-                self._hit("hbm", 1)
+                self._hit("stand-in" if held.stands_in else "hbm", 1)
             while len(outputs) < len(experts):
                 self._arrive(
                     self._wait(inbox, layer=layer),
@@ -230,7 +217,8 @@ class TokenPath:
                 outputs[expert] = None
                 continue
             try:
-                outputs[expert] = self._compute(module, rows, self._weights(held))
+                weights = self._views.of(held, rows=rows.shape[0])
+                outputs[expert] = self.compute_expert(module, rows, weights)
             finally:
                 self._cache.done(held)
         trace, parent = (asked.trace, asked.span_id) if asked else ((0, 0), 0)
@@ -319,7 +307,7 @@ class TokenPath:
             self._cache.prefetch(plan.prefetch, trace=context.trace, parent=context.step_row)
         for store, experts in dispatch.items():
             parts = [(expert, hidden[groups.of(expert).tokens]) for expert in experts]
-            self._senders.submit(self._dispatch, store, layer, parts, context, inbox)
+            self._dispatcher.send(store, layer, parts, context=context, inbox=inbox)
 
     def _choose(self, layer: int, expert: int, *, rows: int, hidden: torch.Tensor) -> str | None:
         """The worker to send the tokens to, or None to fetch the weights."""
@@ -329,7 +317,8 @@ class TokenPath:
         holders = [
             copy.store
             for copy in copies
-            if self._directory.tier(copy.store) is Tier.HBM and copy.format is Format.BF16
+            if self._directory.tier(copy.store) is Tier.HBM
+            and self._choice.accepts(copy.block, copy.format)
         ]
         if not holders:
             return None
@@ -337,53 +326,15 @@ class TokenPath:
         best = min(holders, key=lambda s: (self._directory.dispatch(s).estimate_ns(nbytes), s))
         if self.config.move == "tokens":
             return best
-        size = self._catalog.block_nbytes
-        sources = self._directory.sources(BlockId(layer, expert), fmt=Format.BF16, nbytes=size)
+        form = self._choice.fetched(BlockId(layer, expert))
+        size = codec(form).nbytes(self._catalog.layout)
+        sources = self._directory.sources(BlockId(layer, expert), fmt=form, nbytes=size)
         choice = move_tokens_or_weights(
             rows,
             dispatch_ns=self._directory.dispatch(best).estimate_ns(nbytes),
             fetch_ns=sources[0].cost_ns,
         )
         return best if choice.move is Move.TOKENS else None
-
-    def _dispatch(
-        self,
-        store: str,
-        layer: int,
-        parts: list[tuple[int, torch.Tensor]],
-        context: Context,
-        inbox: Inbox[Any],
-    ) -> None:
-        began_ns, wall_ns = time.monotonic_ns(), time.time_ns()
-        row_id = self._row_ids.take()
-        nbytes = 2 * sum(rows.numel() * rows.element_size() for _, rows in parts)
-        code = Code.OK
-        try:
-            outputs = self._peers.compute(
-                store, layer=layer, parts=parts, timeout_s=_DISPATCH_S,
-                asked=TraceContext(context.trace, row_id),
-            )  # fmt: skip
-            elapsed_ns = time.monotonic_ns() - began_ns
-            self._directory.dispatch(store).observe(nbytes, elapsed_ns=elapsed_ns)
-        except TransportError:
-            code = Code.FAILED
-            outputs = dict.fromkeys((expert for expert, _ in parts), None)
-            self._directory.dispatch(store).observe(nbytes, elapsed_ns=int(_DISPATCH_S * 1e9))
-        self._ring.append(
-            Kind.DISPATCH,
-            code=code,
-            source=self._ring.name(store),
-            layer=layer,
-            index=parts[0][0],
-            start_ns=wall_ns,
-            end_ns=time.time_ns(),
-            row_id=row_id,
-            parent=context.step_row,
-            trace_hi=context.trace[0],
-            trace_lo=context.trace[1],
-            nbytes=nbytes,
-        )
-        inbox.put(Dispatched(store, layer, outputs, row_id))
 
     def _take(
         self, arrival: Dispatched, outputs: dict[int, torch.Tensor], *, inbox: Inbox[Any]
@@ -446,23 +397,32 @@ class TokenPath:
     def _expert(
         self, module: ExpertsModule, hidden: torch.Tensor, groups: Groups, held: Held
     ) -> torch.Tensor:
+        kept = False
         try:
             rows = hidden[groups.of(held.expert).tokens]
-            return self._compute(module, rows, self._weights(held))
+            if held.format is Format.BF16Z:
+                full = self._views.decoded(held)
+                outputs = self.compute_expert(
+                    module, rows, view_weights(full, self._catalog.layout)
+                )
+                kept = True  # what was decoded for this use serves the next ones too
+                self._reformer.unpacked(held, full)
+                return outputs
+            return self.compute_expert(module, rows, self._views.of(held, rows=rows.shape[0]))
         finally:
-            self._cache.done(held)
+            if not kept:
+                self._cache.done(held)
 
-    def _weights(self, held: Held) -> ExpertWeights:
-        if held.format is Format.BF16:
-            # Slots do not move and all blocks have one layout: views are made once per slot.
-            views = self._views.get(held.slot.offset)
-            if views is None:
-                payload = self._slab.torch_view(held.slot, self._catalog.block_nbytes)
-                views = view_weights(payload, self._catalog.layout)
-                self._views[held.slot.offset] = views
-            return views
-        payload = self._slab.torch_view(held.slot, self._int8.nbytes(self._catalog.layout))
-        return self._int8.views(payload, self._catalog.layout)
+    def _may_stand_in(
+        self, index: torch.Tensor, weights: torch.Tensor, block: BlockId, form: Format
+    ) -> bool:
+        """Whether these tokens may use a cheap copy while the full one is on its way."""
+        if self._purse is None:
+            return True
+        chosen = weights[index == block.index].tolist()
+        with self._purse_lock:
+            self._purse.see(block.layer, weights.flatten().tolist())
+            return self._purse.allow(block, form, chosen)
 
     def _tier(self, source: str) -> str:
         tier = self._directory.tier(source)

@@ -37,7 +37,7 @@ from hotset.actors.messages import (
 )
 from hotset.actors.observe import Observer
 from hotset.actors.peers import RayPeers, rows_from_bytes, rows_to_bytes
-from hotset.actors.quality import QualitySpec
+from hotset.actors.quality import QualitySpec  # noqa: TC001 - msgspec reads annotations
 from hotset.actors.reformer import Reformer
 from hotset.actors.tokenpath import PathConfig, TokenPath
 from hotset.actors.tracecontext import child_of, parse
@@ -139,7 +139,7 @@ class GPUWorker:
             payload_nbytes=sizes,
             uses=Uses(self._parts.ring, take_id=row_ids.take),
             choose=choice.fetched,
-            arrived=lambda landing: self._reformer.arrived(landing),
+            arrived=lambda landing: self._reformer.arrived(landing),  # noqa: PLW0108 - made below
         )
         views = WeightViews(catalog=catalog, slab=self._parts.slab, directory=self._parts.directory)
         self._reformer = Reformer(

@@ -104,6 +104,11 @@ class DriftMeter:
         return self._codes.copy()
 
     @property
+    def frequency(self) -> Floats:
+        """Share of tokens that each block got at calibration, [L, E]."""
+        return self._expected.copy()
+
+    @property
     def ratio(self) -> Floats:
         """Frequency now over frequency at calibration, [L, E]."""
         prior = self.budget.pseudo_tokens

@@ -38,6 +38,12 @@ def node(catalog: Catalog, network: LoopbackNetwork) -> Iterator[Node]:
     made.close()
 
 
+def core_of(node: Node) -> PoolCore:
+    return PoolCore(
+        store=node.store, fetcher=node.fetcher, directory=node.directory, nbytes=node.nbytes
+    )
+
+
 def asked(block: BlockId) -> StartTransfer:
     return StartTransfer(
         epoch=1, store="host-0", block=block, format=Format.BF16, sources=(STORAGE,),
@@ -56,7 +62,7 @@ def ended(core: PoolCore, node: Node) -> list[Event]:
 
 
 def test_it_fetches_what_fits_and_refuses_the_rest(node: Node, catalog: Catalog) -> None:
-    core = PoolCore(store=node.store, fetcher=node.fetcher, nbytes=node.nbytes)
+    core = core_of(node)
     for block in list(catalog.blocks)[: SLOTS + 3]:
         core.command(asked(block))
     events = ended(core, node)
@@ -72,7 +78,7 @@ def test_it_fetches_what_fits_and_refuses_the_rest(node: Node, catalog: Catalog)
 
 
 def test_it_drops_and_may_fill_again(node: Node, catalog: Catalog) -> None:
-    core = PoolCore(store=node.store, fetcher=node.fetcher, nbytes=node.nbytes)
+    core = core_of(node)
     block = next(iter(catalog.blocks))
     core.command(asked(block))
     (landed,) = ended(core, node)
