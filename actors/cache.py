@@ -20,7 +20,7 @@ from hotset.actors.fetcher import Landing, Want
 from hotset.policies.types import LOSSLESS, BlockId, Format, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from hotset.actors.fetcher import Fetcher
     from hotset.actors.store import Store
@@ -91,11 +91,13 @@ class HotCache:
         uses: Uses | None = None,
         choose: Callable[[BlockId], Format] = _full,
         arrived: Callable[[Landing], None] = _ignore,
+        kept: Callable[[], Collection[tuple[int, int]]] = frozenset,
     ) -> None:
         """`payload_nbytes` is the payload of a block by format (the policy counts whole slots).
 
         `uses` is told what became of each landed block. `choose` names the format to fetch a block
-        in, `arrived` is called for each block that has landed, on the engine's thread.
+        in, `arrived` is called for each block that has landed, on the engine's thread. `kept` are
+        the blocks that a plan has promised to other workers: they are not evicted.
         """
         self._store = store
         self._fetcher = fetcher
@@ -104,6 +106,7 @@ class HotCache:
         self._uses = uses
         self._choose = choose
         self._arrived = arrived
+        self._kept = kept
         self._flights: dict[BlockId, _Flight] = {}
         self._line: deque[BlockId] = deque()
         self._lock = threading.Lock()
@@ -396,6 +399,8 @@ class HotCache:
                 # Room by the books, but halves of slots lie apart or a slot is in quarantine.
                 want_bytes = self._policy.capacity_bytes + 1
             victim = self._policy.victim(want_bytes) if evict else None
+            if victim is not None and (victim.layer, victim.expert) in (kept := self._kept()):
+                victim = self._policy.victim(want_bytes, needed=kept)
             if victim is None:
                 return None
             self._drop(BlockId(victim.layer, victim.expert), victim.format, Reason.EVICT)

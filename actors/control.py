@@ -26,11 +26,22 @@ from hotset.actors.controllog import ControlLog
 from hotset.actors.frames import read_frames
 from hotset.actors.journal import JournalWriter
 from hotset.actors.lease import LEASE_NS
-from hotset.actors.messages import Heartbeat, HeartbeatReply, Join, Member, pack, unpack_event
+from hotset.actors.messages import (
+    Heartbeat,
+    HeartbeatReply,
+    Join,
+    Member,
+    WorkerPlan,
+    pack,
+    unpack_event,
+)
+from hotset.actors.quality import QualitySpec, guardrail
 from hotset.errors import StaleEpochError
 from hotset.policies.brain import ClusterBrain
-from hotset.policies.config import PolicyConfig
+from hotset.policies.config import PAYBACK_NS, PLAN_NS, PolicyConfig
+from hotset.policies.states import state_of
 from hotset.policies.types import (
+    LOSSLESS,
     BlockId,
     BlockInfo,
     CancelTransfer,
@@ -40,6 +51,7 @@ from hotset.policies.types import (
     Event,
     Format,
     PublishEpoch,
+    Replan,
     StartTransfer,
     State,
     StoreDraining,
@@ -81,6 +93,10 @@ class ControlSpec(msgspec.Struct, frozen=True, kw_only=True):
     default_floor: str = "bf16"
     mode: str = "active"
     telemetry: str = ""
+    formats: dict[str, int] = msgspec.field(default_factory=dict)
+    quality: QualitySpec | None = None
+    plan_ns: int = PLAN_NS
+    payback_ns: int = PAYBACK_NS
 
 
 class Records(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +115,9 @@ def make_brain(spec: ControlSpec) -> ClusterBrain:
                 block=BlockId(layer, index),
                 nbytes=spec.nbytes,
                 reduced_nbytes=spec.reduced_nbytes,
+                by_format=tuple(
+                    (Format(name), nbytes) for name, nbytes in sorted(spec.formats.items())
+                ),
             )
             for layer in spec.layers
             for index in range(spec.num_experts)
@@ -106,8 +125,12 @@ def make_brain(spec: ControlSpec) -> ClusterBrain:
         config=PolicyConfig(
             hbm_reduced_ratio=spec.reduced_ratio,
             floor={layer: Format(name) for layer, name in spec.floors.items()},
-            default_floor=Format(spec.default_floor),
+            default_floor=Format(spec.default_floor or Format.BF16),
+            formats=spec.quality.planned() if spec.quality else {},
+            plan_ns=spec.plan_ns,
+            payback_ns=spec.payback_ns,
         ),
+        guard=guardrail(spec.quality, floors=spec.floors, default_floor=spec.default_floor),
     )
 
 
@@ -141,12 +164,17 @@ class ControlCore:
         self._vetoes: Counter[str] = Counter()
         self._epoch_ns = self.incarnation
         self._next_tick_ns = 0
+        self._planned_ns = self.incarnation
+        self.may_plan: Callable[[], bool] = lambda: True
+        """Whether planning would not hold the stores up: a search is compiled on first use."""
         self._expected: dict[str, int] = {}  # stores of the journal that have not joined again
         self._unsettled_ns = 0  # since when stores owe a report; 0: they owe none
         self.log = ControlLog(
             first_row_id=secrets.randbits(62) | 1,
             nbytes={
-                fmt.value: spec.nbytes if fmt is Format.BF16 else spec.reduced_nbytes
+                fmt.value: spec.nbytes
+                if fmt in LOSSLESS
+                else spec.formats.get(fmt.value, spec.reduced_nbytes)
                 for fmt in Format
             },
         )
@@ -199,6 +227,7 @@ class ControlCore:
             message.store,
             directory_version=message.directory_version,
             membership_version=message.membership_version,
+            plan_epoch=message.plan_epoch,
         )
 
     # --- calls from operators -------------------------------------------------------------------
@@ -219,8 +248,8 @@ class ControlCore:
         if member is not None and member.peer.incarnation <= incarnation:
             self._lose(name)
 
-    def status(self) -> dict[str, Any]:
-        """The fields of `dashboards.status.Status`."""
+    def status(self, alerts: tuple[watch.Alert, ...] | None = None) -> dict[str, Any]:
+        """The fields of `dashboards.status.Status`; `alerts` when they have just been computed."""
         now_ns = self._clock_ns()
         copies = self._brain.directory()
         holding: dict[str, Counter[str]] = {name: Counter() for name in self._members}
@@ -262,7 +291,7 @@ class ControlCore:
             "vetoes": dict(self._vetoes),
             "emulated": list(self.spec.emulated),
             "mode": self.spec.mode,
-            "alerts": [alert.text for alert in self.alerts()],
+            "alerts": [a.text for a in (self.alerts() if alerts is None else alerts)],
         }
 
     def alerts(self) -> tuple[watch.Alert, ...]:
@@ -339,6 +368,9 @@ class ControlCore:
         if now_ns >= self._next_tick_ns:
             self._next_tick_ns = now_ns + TICK_NS
             self._feed(Tick(now_ns=now_ns))
+        if 0 < self.spec.plan_ns <= now_ns - self._planned_ns and self.may_plan():
+            self._planned_ns = now_ns
+            self._feed(Replan(now_ns=now_ns))
 
     def _lose(self, name: str) -> None:
         member = self._members.pop(name)
@@ -348,7 +380,7 @@ class ControlCore:
         )
 
     def _reply(
-        self, name: str, *, directory_version: int, membership_version: int
+        self, name: str, *, directory_version: int, membership_version: int, plan_epoch: int = -1
     ) -> HeartbeatReply:
         member = self._members.get(name)
         if member is None:
@@ -369,6 +401,17 @@ class ControlCore:
             commands=[pack(command) for command in member.commands.values()],
             draining=member.draining,
             command_seq=member.command_seq,
+            plan=self._plan_of(name) if plan_epoch != self._brain.plan_epoch else None,
+        )
+
+    def _plan_of(self, name: str) -> WorkerPlan | None:
+        """A store's part of the plan for replicas; none in advisory mode, where none has come."""
+        if self.spec.mode != "active" or not self._brain.plan_epoch:
+            return None
+        return WorkerPlan(
+            epoch=self._brain.plan_epoch,
+            keep=self._brain.keeps(name),
+            shares=self._brain.shares(),
         )
 
     def _emulated(self, tier: Tier) -> str:
@@ -413,7 +456,7 @@ def best_states(copies: Iterable[Copy], *, tiers: dict[str, Tier], blocks: int) 
     for copy in copies:
         state = State.STAGED
         if tiers.get(copy.store) is Tier.HBM:
-            state = State.FULL if copy.format is Format.BF16 else State.REDUCED
+            state = state_of(copy.format)
         best[copy.block] = min(best.get(copy.block, state.value), state.value)
     counts = Counter(best.values())
     counts[State.STORED.value] += blocks - len(best)

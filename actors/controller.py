@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,28 @@ from hotset.actors.control import ControlCore, ControlSpec
 from hotset.actors.membership import NAMESPACE
 from hotset.actors.messages import Heartbeat, Join, Rows, decode, encode
 from hotset.actors.metrics import make_metric
+from hotset.policies.replicas import warm
 from hotset.policies.types import BlockId
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PUBLISH_S = 1.0
+
+
+class Planner:
+    """Makes the planner ready in the background: its kernels are compiled on first use."""
+
+    def __init__(self) -> None:
+        """Nothing happens before somebody asks."""
+        self._warm: threading.Thread | None = None
+
+    def ready(self) -> bool:
+        """Whether planning is quick by now; the first call starts to make it so."""
+        if self._warm is None:
+            self._warm = threading.Thread(target=warm, name="planner", daemon=True)
+            self._warm.start()
+        return not self._warm.is_alive()
 
 
 class Controller:
@@ -31,13 +48,15 @@ class Controller:
         self._core = ControlCore(msgspec.msgpack.decode(spec, type=ControlSpec))
         shown = (
             names.EPOCH_NUMBER, names.EPOCH_AGE, names.BLOCKS, names.VETOES, names.DECISIONS,
-            names.IMBALANCE, names.ALERT,
+            names.IMBALANCE, names.PLANS, names.PLAN_MOVES, names.PLAN_BALANCE, names.ALERT,
         )  # fmt: skip
         run = self._core.spec.run
         self._metrics = {metric.name: make_metric(metric, run=run) for metric in shown}
         self._counted: dict[tuple[str, str], int] = {}
         self._telemetry: ray.actor.ActorHandle | None = None
         self._publish_at = 0.0
+        self._planner = Planner()
+        self._core.may_plan = self._planner.ready
 
     def __repr__(self) -> str:
         """What the Ray dashboard shows beside each log line."""
@@ -107,17 +126,24 @@ class Controller:
         if now < self._publish_at:
             return
         self._publish_at = now + PUBLISH_S
-        status = self._core.status()
+        alerts = self._core.alerts()
+        status = self._core.status(alerts)
         self._metrics[names.EPOCH_NUMBER.name].set(status["epoch"])
         self._metrics[names.EPOCH_AGE.name].set(status["epoch_age_ns"] / 1e9)
         for state, count in status["states"].items():
             self._metrics[names.BLOCKS.name].set(count, tags={"state": state})
         self._count(names.VETOES, status["vetoes"])
         self._count(names.DECISIONS, self._core.log.decisions)
+        self._count(names.PLANS, self._core.log.plans)
+        self._count(names.PLAN_MOVES, self._core.log.plan_moves)
+        plan = self._core.log.last_plan
+        if plan is not None:
+            for when, ppm in (("before", plan.before_ppm), ("after", plan.after_ppm)):
+                self._metrics[names.PLAN_BALANCE.name].set(ppm / 1e6, tags={"when": when})
         imbalance = self._core.log.imbalance()
         if imbalance is not None:
             self._metrics[names.IMBALANCE.name].set(imbalance)
-        raised = {alert.kind for alert in self._core.alerts()}
+        raised = {alert.kind for alert in alerts}
         for kind in watch.KINDS:
             self._metrics[names.ALERT.name].set(int(kind in raised), tags={"alert": kind})
         self._ship()

@@ -1,8 +1,8 @@
 """What the controller did, as rows for telemetry: plans, vetoes, stores that came and went.
 
-Decides what counts as a plan (an event that made the brain ask for something, or publish an epoch)
-and how load is averaged; must not know Ray, how the brain decides, or who takes the rows. One
-thread only, the controller's.
+Decides what counts as a plan (an event that made the brain ask for something, publish an epoch, or
+judge a plan for the workers' replicas) and how load is averaged; must not know Ray, how the brain
+decides, or who takes the rows. One thread only, the controller's.
 
 Invariants: appended == taken + dropped + waiting; at most `capacity` rows wait, and of more the
 oldest are dropped and counted; names of a batch are its own, so their table cannot grow.
@@ -21,6 +21,7 @@ from hotset.policies.types import (
     FORMAT_CODES,
     DropCopy,
     Event,
+    PlanDecision,
     PublishEpoch,
     Reason,
     RouterCounts,
@@ -58,6 +59,9 @@ class ControlLog:
         self._load: dict[str, float] = {}
         self._load_ns = 0
         self.decisions: Counter[str] = Counter()
+        self.plans: Counter[str] = Counter()
+        self.plan_moves: Counter[str] = Counter()
+        self.last_plan: PlanDecision | None = None
 
     def handled(
         self,
@@ -73,10 +77,13 @@ class ControlLog:
         starts = [one for one in commands if isinstance(one, StartTransfer)]
         drops = [one for one in commands if isinstance(one, DropCopy)]
         published = [one for one in commands if isinstance(one, PublishEpoch)]
-        asked = [one for one in commands if not isinstance(one, (Veto, WakeAt, PublishEpoch))]
+        asked = [one for one in commands if not isinstance(one, _TOLD)]
         for one in asked:
             self.decisions[one.reason.value] += 1
-        if asked or published:
+        judged = [one for one in commands if isinstance(one, PlanDecision)]
+        for plan in judged:
+            self._judge(plan, starts=len(starts), start_ns=start_ns, end_ns=end_ns)
+        if (asked or published) and not judged:
             first = (*published, *asked)[0]
             self._append(
                 ControlKind.PLAN,
@@ -101,6 +108,24 @@ class ControlLog:
                     reason=veto.reason.value,
                     bound=veto.bound,
                 )
+
+    def _judge(self, plan: PlanDecision, *, starts: int, start_ns: int, end_ns: int) -> None:
+        """A plan for the workers' replicas, in force or refused."""
+        self.plans[plan.reason.value] += 1
+        self.plan_moves[plan.reason.value] += plan.moves
+        self.last_plan = plan
+        self._append(
+            ControlKind.PLAN,
+            start_ns=start_ns,
+            end_ns=end_ns,
+            index=plan.epoch & _EPOCH_MASK,
+            reason=plan.reason.value,
+            nbytes=plan.nbytes,
+            queue_ns=starts if plan.reason is Reason.REBALANCE else 0,
+            verify_ns=plan.before_ppm,
+            activate_ns=plan.after_ppm,
+            attempt=plan.moves,
+        )
 
     def imbalance(self) -> float | None:
         """Largest over mean decayed number of tokens at a worker; None before there is any."""
@@ -174,4 +199,6 @@ class ControlLog:
         self._waiting.append((self._next, {**defaults, "kind": int(kind), **fields}))
 
 
+_TOLD = (Veto, WakeAt, PublishEpoch, PlanDecision)
+"""Commands that ask nothing of a store."""
 _NAMED = frozenset({"source", "reason", "bound"})

@@ -6,6 +6,7 @@ who writes or reads them. Numbers begin at 16, so that both enums may grow; they
 | kind | columns, beside start, end and id |
 |---|---|
 | PLAN | index: epoch; reason; nbytes: asked to move; queue_ns: transfers; wire_ns: drops |
+| | of a plan for replicas too: verify_ns, activate_ns: balancedness before, after; attempt: moves |
 | SCALE | source: the store; reason; index: epoch |
 | VETO | source: the store; layer, index, format; reason; queue_ns: name of the bound, plus 1 |
 | USE | layer, index, format; reason and nbytes of the transfer; waits_for: its id; used |

@@ -211,6 +211,7 @@ class Membership:
             events=[pack(event) for event in events],
             gauges=self._callbacks.gauges(),
             commands_seen=self._commands_seen,
+            plan_epoch=self._directory.plan.epoch,
         )
 
     def _take(self, reply: HeartbeatReply) -> None:
@@ -224,6 +225,8 @@ class Membership:
             self._directory.change(
                 added=reply.added, removed=reply.removed, epoch=epoch, version=version
             )
+        if reply.plan is not None:
+            self._directory.plan.take(reply.plan)
         for packed in reply.commands:
             command = unpack_command(packed)
             if getattr(command, "epoch", epoch) <= epoch:

@@ -129,6 +129,16 @@ EPOCH = Attribute(name="hotset.epoch", meaning="epoch in force when the span end
 TARGET = Attribute(name="hotset.target", meaning="store that joined, left, was lost or was refused")
 STARTS = Attribute(name="hotset.plan.transfers", meaning="transfers that the plan asked for")
 DROPS = Attribute(name="hotset.plan.drops", meaning="copies that the plan asked to drop")
+BALANCE_BEFORE = Attribute(
+    name="hotset.plan.balance_before_ppm",
+    meaning="of a plan for replicas: mean by largest load of a worker before it, in millionths",
+)
+BALANCE_AFTER = Attribute(
+    name="hotset.plan.balance_after_ppm", meaning="the same after it; of a refused one, had it come"
+)
+PLAN_MOVED = Attribute(
+    name="hotset.plan.moves", meaning="copies that a plan for replicas moves, or would have moved"
+)
 BOUND = Attribute(name="hotset.bound", meaning="the bound that a veto protects, as a sentence")
 LINK = Attribute(name="hotset.link", meaning="of a link: `waited_on` or `used`, from compute")
 
@@ -139,7 +149,8 @@ USED_LINK = "used"
 
 SPAN_ATTRIBUTES = (
     SOURCE, SOURCE_TIER, FORMAT, LAYER, INDEX, TOKENS, REASON, CODE, NBYTES, QUEUE, WIRE, VERIFY,
-    ACTIVATE, USED, ATTEMPT, REQUEST, EPOCH, TARGET, STARTS, DROPS, BOUND, LINK, WORKER,
+    ACTIVATE, USED, ATTEMPT, REQUEST, EPOCH, TARGET, STARTS, DROPS, BALANCE_BEFORE,
+    BALANCE_AFTER, PLAN_MOVED, BOUND, LINK, WORKER,
     PROMPT_TOKENS, FIRST_TOKEN,
 )  # fmt: skip
 
@@ -147,8 +158,19 @@ SPAN_ATTRIBUTES = (
 
 SPAN_PLAN = Span(
     name="hotset.plan",
-    meaning="an event made the controller ask for transfers or drops, or publish an epoch",
-    attributes=(EPOCH, REASON, NBYTES, STARTS, DROPS, CODE),
+    meaning="an event made the controller ask for transfers or drops, or publish an epoch; or a "
+    "plan for replicas was judged, in force or refused",
+    attributes=(
+        EPOCH,
+        REASON,
+        NBYTES,
+        STARTS,
+        DROPS,
+        BALANCE_BEFORE,
+        BALANCE_AFTER,
+        PLAN_MOVED,
+        CODE,
+    ),
 )
 SPAN_TRANSFER = Span(
     name="hotset.transfer",
@@ -360,6 +382,27 @@ IMBALANCE = Metric(
     labels=("run",),
     meaning="largest over mean number of tokens routed at a worker, over about a minute; 1 is even",
 )
+PLANS = Metric(
+    name="hotset_plans_total",
+    kind="counter",
+    unit="",
+    labels=("run", "reason"),
+    meaning="plans for replicas by what became of them: rebalance, balanced, veto_cost",
+)
+PLAN_MOVES = Metric(
+    name="hotset_plan_moves_total",
+    kind="counter",
+    unit="",
+    labels=("run", "reason"),
+    meaning="copies that plans for replicas moved, or would have moved, by what became of the plan",
+)
+PLAN_BALANCE = Metric(
+    name="hotset_plan_balancedness_ratio",
+    kind="gauge",
+    unit="",
+    labels=("run", "when"),
+    meaning="mean by largest load of a worker, mean over layers, before and after the last plan",
+)
 OLDEST_TRANSFER = Metric(
     name="hotset_oldest_transfer_seconds",
     kind="gauge",
@@ -392,5 +435,6 @@ METRICS = (
     TRANSFER_BYTES, TRANSFER_SECONDS, QUEUE_SECONDS, WIRE_SECONDS, ACTIVATE_SECONDS, TRANSFERS,
     STALL_SECONDS, DISPATCHED_BYTES, EXPERT_HITS, EXPERT_QUERIES, RESIDENT_BYTES, CAPACITY_BYTES,
     EPOCH_NUMBER, EPOCH_AGE, BLOCKS, TOKENS_SERVED, TELEMETRY_DROPPED, TELEMETRY_SPANS, VETOES,
-    QUARANTINED_BYTES, DECISIONS, IMBALANCE, OLDEST_TRANSFER, ALERT, SPANS_EXPORTED, EXPORT_DROPPED,
+    QUARANTINED_BYTES, DECISIONS, IMBALANCE, PLANS, PLAN_MOVES,
+    PLAN_BALANCE, OLDEST_TRANSFER, ALERT, SPANS_EXPORTED, EXPORT_DROPPED,
 )  # fmt: skip

@@ -65,6 +65,7 @@ class _Sums:
     ns: dict[int, int] = field(default_factory=dict)
     visits: dict[int, int] = field(default_factory=dict)
     stall_ns: int = 0
+    experts_ns: int = 0
     steps: int = 0
     tokens: int = 0
 
@@ -124,7 +125,12 @@ class Observer:
                 self._sums.tokens += rows
             if self._record:
                 self._keep(context.request, layer, top_k_index)
-        return self._path.run(layer, module, hidden, top_k_index, top_k_weights)
+        result = self._path.run(layer, module, hidden, top_k_index, top_k_weights)
+        if rows == 1:
+            stalled_ns = context.stall_ns - began.stall_ns
+            with self._lock:
+                self._sums.experts_ns += max(0, time.monotonic_ns() - began.at_ns - stalled_ns)
+        return result
 
     def ended(self, request: int) -> None:
         """A request has ended."""
@@ -191,7 +197,7 @@ class Observer:
             events.append(
                 LayerTimes(
                     now_ns=wall_ns, store=store, steps=steps, times=times,
-                    stall_ns=sums.stall_ns // steps,
+                    stall_ns=sums.stall_ns // steps, experts_ns=sums.experts_ns // steps,
                 )
             )  # fmt: skip
         return events

@@ -257,6 +257,9 @@ _ATTEMPT_IS = otlp.int_prefix(names.ATTEMPT)
 _EPOCH_IS = otlp.int_prefix(names.EPOCH)
 _STARTS_IS = otlp.int_prefix(names.STARTS)
 _DROPS_IS = otlp.int_prefix(names.DROPS)
+_BEFORE_IS = otlp.int_prefix(names.BALANCE_BEFORE)
+_AFTER_IS = otlp.int_prefix(names.BALANCE_AFTER)
+_MOVED_IS = otlp.int_prefix(names.PLAN_MOVED)
 _USED = {flag: otlp.attribute(names.USED, value=bool(flag)) for flag in (0, 1)}
 _PROMPT_IS = otlp.int_prefix(names.PROMPT_TOKENS)
 _FIRST_IS = otlp.int_prefix(names.FIRST_TOKEN)
@@ -301,15 +304,20 @@ class _Fragments:
             text += f",{_ATTEMPT_IS}{attempt}{_END}" if attempt else ""
         return text
 
+    def _judged(self, row: tuple[int, ...]) -> str:
+        before, after, moves = f"{row[16]}{_END}", f"{row[17]}{_END}", f"{row[20]}{_END}"
+        return f",{_BEFORE_IS}{before},{_AFTER_IS}{after},{_MOVED_IS}{moves}"
+
     def _control(self, row: tuple[int, ...]) -> str:
         kind, _, store, form, layer, index = row[:6]
-        nbytes, queue_ns, wire_ns, reason, used = *row[13:16], *row[18:20]
+        nbytes, queue_ns, wire_ns, verify_ns, reason, used = *row[13:17], *row[18:20]
         block = f",{_LAYER_IS}{layer}{_END},{_INDEX_IS}{index}{_END}{self._form(form)}"
         moved = f",{_NBYTES_IS}{nbytes}{_END}" if nbytes else ""
         why = self._reason(reason)
         if kind == _PLAN:
             asked = f",{_STARTS_IS}{queue_ns}{_END},{_DROPS_IS}{wire_ns}{_END}"
-            return f",{_EPOCH_IS}{index}{_END}{why}{moved}{asked}"
+            judged = self._judged(row) if verify_ns else ""
+            return f",{_EPOCH_IS}{index}{_END}{why}{moved}{asked}{judged}"
         if kind == _USE:
             return f"{block}{why}{moved},{_USED[min(used, 1)]}"
         if kind == _REQUEST:

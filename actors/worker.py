@@ -139,6 +139,7 @@ class GPUWorker:
             payload_nbytes=sizes,
             uses=Uses(self._parts.ring, take_id=row_ids.take),
             choose=choice.fetched,
+            kept=lambda: self._parts.directory.plan.kept,
             arrived=lambda landing: self._reformer.arrived(landing),  # noqa: PLW0108 - made below
         )
         views = WeightViews(catalog=catalog, slab=self._parts.slab, directory=self._parts.directory)

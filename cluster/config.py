@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hotset.errors import ConfigError
+from hotset.policies.config import PAYBACK_NS, PLAN_NS
 from hotset.policies.residency import LIVE_POLICIES
 from hotset.transport.base import LinkProfile
 from hotset.transport.slab import slot_stride
@@ -57,6 +58,8 @@ class RunConfig(BaseModel):
     run_dir: Path | None = None
     mode: Literal["active", "advisory"] = "active"
     record: bool = False
+    plan_s: float = Field(default=PLAN_NS / 1e9, ge=0)
+    payback_s: float = Field(default=PAYBACK_NS / 1e9, gt=0)
 
     @classmethod
     def build(cls, **values: object) -> RunConfig:

@@ -283,6 +283,8 @@ class Deployment:
             default_floor=config.default_floor,
             mode=config.mode,
             telemetry=telemetry_name(self.run, "head" if "head" in nodes else nodes[0]),
+            plan_ns=int(config.plan_s * 1e9),
+            payback_ns=int(config.payback_s * 1e9),
         )
 
 

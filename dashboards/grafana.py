@@ -138,6 +138,18 @@ def panels() -> tuple[Panel, ...]:
             ),
         ),
         Panel(
+            title="Plans for replicas",
+            about=f"{n.PLANS.meaning}; {n.PLAN_MOVES.meaning}", unit="ops",
+            targets=(
+                (_or_zero(rate(n.PLANS, by="reason")), "{{reason}}"),
+                (_or_zero(rate(n.PLAN_MOVES, by="reason")), "copies: {{reason}}"),
+            ),
+        ),
+        Panel(
+            title="Balance of the last plan", about=n.PLAN_BALANCE.meaning, unit="none",
+            targets=((_or_zero(total(n.PLAN_BALANCE, by="when")), "{{when}}"),),
+        ),
+        Panel(
             title="Epoch and its age", about=n.EPOCH_AGE.meaning, unit="none",
             targets=(
                 (total(n.EPOCH_NUMBER, by="run"), "epoch {{run}}"),

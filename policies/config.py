@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hotset.errors import ConfigError
-from hotset.policies.types import Format
+from hotset.policies.types import BlockId, Format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +23,10 @@ DENSE_LOAD_RATIO = 1.45
 """The same where most experts of a layer are needed each time."""
 EAGER_LOAD_RATIO = 1.9
 """The setting `eager`, for links that would otherwise idle."""
+
+
+PLAN_NS = 10_000_000_000
+PAYBACK_NS = 60_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +76,12 @@ class PolicyConfig:
     """Most bytes on their way to one store during its first fill."""
     background_bytes_in_flight: int = 256 << 20
     """Most bytes of background work on their way to one store."""
-    payback_ns: int = 60_000_000_000
+    payback_ns: int = PAYBACK_NS
     """A move between pools must save more stall than it takes within this time."""
-    plan_ns: int = 10_000_000_000
-    """Time between two plans for the workers' replicas."""
+    plan_ns: int = PLAN_NS
+    """Time between two plans for the workers' replicas; 0: there are none."""
     plan_gain: float = 0.02
-    """Balancedness that a plan must gain to be worth an epoch: hysteresis against noise in loads."""
+    """Balancedness that a plan must gain to be worth an epoch, so that noise in loads is none."""
     keep_ratio: float = 0.5
     """Share of a worker's memory that plans may promise to replicas; the rest is its own cache."""
     dense_at: int = 600
@@ -102,6 +106,8 @@ class PolicyConfig:
     """Most copies of one hot block over all host pools."""
     replicate_ratio: float = 4.0
     """A block is worth a second host copy when it is this many times as popular as the mean."""
+    formats: Mapping[BlockId, Format] = field(default_factory=lambda: MappingProxyType({}))
+    """Formats planned for blocks near compute; those that are absent stay at full precision."""
     hbm_reduced_ratio: float = 0.0
     """Share of a worker's memory that the brain offers to reduced copies of cooler blocks."""
     floor: Mapping[int, Format] = field(default_factory=lambda: MappingProxyType({}))

@@ -82,7 +82,7 @@ class Replanning(Orders):
             len(self.blocks), half_life_tokens=self.config.popularity_half_life_tokens
         )
         self._shares: dict[int, dict[str, int]] = {}
-        self.plan_epoch = epoch
+        self.plan_epoch = 0
         """Epoch of the plan in force; 0 before there is one."""
 
     def keeps(self, store: str) -> tuple[BlockId, ...]:

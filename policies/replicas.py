@@ -155,6 +155,15 @@ def propose(survey: Survey, grid: Grid) -> Proposal | None:
     )
 
 
+def warm() -> None:
+    """Search once among two workers, so that the planner's kernels are compiled or loaded."""
+    held = np.array([[[True, False]], [[False, True]]])
+    slots = fill_slots(held, spare=_SPARE_SLOTS)
+    load = np.array([[3.0, 1.0]])
+    plan(load, num_devices=2, num_slots=slots.shape[1], current=slots, split="free")
+    best_shares(slots, load, num_devices=2)
+
+
 def fill_slots(held: Bools, *, spare: int) -> Ints:
     """Slots [L, P] of what is held [D, L, E], each expert that nobody holds in one slot of its own.
 

@@ -333,6 +333,7 @@ Event = (
     | Concurrency
     | DriftMeasured
     | Tick
+    | Replan
 )
 
 
