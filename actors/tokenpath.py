@@ -323,7 +323,9 @@ class TokenPath:
         if not holders:
             return None
         nbytes = 2 * rows * hidden.shape[-1] * hidden.element_size()
-        best = min(holders, key=lambda s: (self._directory.dispatch(s).estimate_ns(nbytes), s))
+        best = self._directory.plan.pick(BlockId(layer, expert), holders, rows=rows) or min(
+            holders, key=lambda s: (self._directory.dispatch(s).estimate_ns(nbytes), s)
+        )
         if self.config.move == "tokens":
             return best
         form = self._choice.fetched(BlockId(layer, expert))
