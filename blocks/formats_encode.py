@@ -1,8 +1,8 @@
-"""Kernels that encode, for one CPU thread: float32 weights, or bfloat16 bits for `bf16z`.
+"""Kernels that encode, for one CPU thread: float32 channels, or bfloat16 bits for `bf16z`.
 
-Decides nothing: makes the same bytes as the torch code of `formats_channel`, `formats_group` and
-`formats_lossless`, which serves every other device. Must not know layouts, headers or torch. Arrays
-are flat and contiguous. Every sum has a fixed order, so that all processors make the same block.
+Decides nothing: makes the same bytes as the torch code of `formats_channel` and `formats_lossless`,
+which serves every other device. Must not know layouts, headers or torch. Arrays are flat and
+contiguous.
 """
 
 # ruff: noqa: FBT001, PLR0913, PLR0917 - numba has no keyword-only arguments
@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hotset.blocks.formats_decode import GROUP, RUN
-from hotset.blocks.formats_jit import (
-    bits_of,
-    code_of,
-    compiled,
-    float_of,
-    level_of,
-    rounded,
-    sum_of_group,
-    widened,
-)
+from hotset.blocks.formats_decode import RUN
+from hotset.blocks.formats_jit import bits_of, compiled, float_of, rounded, widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +24,6 @@ if TYPE_CHECKING:
 
 WINDOW = 16  # neighbouring exponents that 4 bits tell apart
 SMALLEST = 1e-30  # size of the largest weight of an all-zero channel
-LEAST_SCALE = 2.0**-126  # of a group; smaller ones are 0
 
 
 @compiled
@@ -88,114 +78,6 @@ def encode_fp8(
         scales[row] = scale
         for i in range(width):
             goal[i] = _to_e4m3(source[i] / scale)
-
-
-@compiled
-def _outermost(row: Floats) -> Any:
-    """Largest weight of a group by size, its sign turned."""
-    high, low = np.int32(0), np.uint32(0)
-    for i in range(row.size):
-        bits = bits_of(row[i])
-        high = max(high, np.int32(bits))
-        low = max(low, bits)
-    above = float_of(np.uint32(high))
-    below = float_of(low & np.uint32(0x7FFFFFFF)) if low >> np.uint32(31) else np.float32(0)
-    return -above if above >= below else below
-
-
-@compiled
-def _least_or_zero(scale: Any) -> Any:
-    return scale if np.abs(scale) >= np.float32(LEAST_SCALE) else np.float32(0)
-
-
-@compiled
-def _scale_of(outermost: Any, factor: Any, limit: Any, narrow: bool) -> Any:
-    """One trial's scale; below the smallest normal float32 it is 0, as its inverse overflows."""
-    scale = outermost * factor
-    if narrow:
-        scale = widened(rounded(scale))
-    return _least_or_zero(min(max(scale, -limit), limit))
-
-
-@compiled
-def _inverse(scale: Any) -> Any:
-    return np.float32(0) if scale == 0 else np.float32(1) / scale
-
-
-@compiled
-def encode_even_groups(
-    weights: Any,
-    lowest: Any,
-    middle: Any,
-    last: Any,
-    factors: Floats,
-    limit: Any,
-    narrow: bool,
-    codes: Any,
-    scales: Any,
-) -> None:
-    """Codes u8 [G * 64] and scales [G] of float32 weights [G * 64]: the best of `factors`.
-
-    Levels are `lowest`, one more, ... : the code is a distance from the first `middle`. Errors are
-    compared in units of the outermost weight, so that no square overflows.
-    """
-    squares = np.zeros(GROUP, np.float32)
-    for group in range(scales.size):
-        row = weights[group * GROUP : (group + 1) * GROUP]
-        goal = codes[group * GROUP : (group + 1) * GROUP]
-        outermost = _outermost(row)
-        unit = _inverse(_least_or_zero(outermost))
-        best, chosen = np.float32(np.inf), np.float32(0)
-        for trial in range(factors.size):
-            scale = _scale_of(outermost, factors[trial], limit, narrow)
-            inverse = _inverse(scale)
-            for i in range(GROUP):
-                code = min(max(np.ceil(row[i] * inverse - middle), np.float32(0)), last)
-                miss = ((lowest + code) * scale - row[i]) * unit
-                squares[i] = miss * miss
-            error = sum_of_group(squares)
-            if error < best:
-                best, chosen = error, scale
-        scales[group] = chosen
-        inverse = _inverse(chosen)
-        for i in range(GROUP):
-            code = min(max(np.ceil(row[i] * inverse - middle), np.float32(0)), last)
-            goal[i] = np.uint8(code)
-
-
-@compiled
-def encode_groups(
-    weights: Any,
-    levels: Any,
-    middles: Any,
-    factors: Floats,
-    limit: Any,
-    narrow: bool,
-    codes: Any,
-    scales: Any,
-) -> None:
-    """As `encode_even_groups`, for any levels (a tuple) and the middles between them."""
-    squares = np.zeros(GROUP, np.float32)
-    for group in range(scales.size):
-        row = weights[group * GROUP : (group + 1) * GROUP]
-        goal = codes[group * GROUP : (group + 1) * GROUP]
-        outermost = _outermost(row)
-        unit = _inverse(_least_or_zero(outermost))
-        best, chosen = np.float32(np.inf), np.float32(0)
-        for trial in range(factors.size):
-            scale = _scale_of(outermost, factors[trial], limit, narrow)
-            inverse = _inverse(scale)
-            for i in range(GROUP):
-                level = level_of(row[i] * inverse, levels, middles)
-                miss = (level * scale - row[i]) * unit
-                squares[i] = miss * miss
-            error = sum_of_group(squares)
-            if error < best:
-                best, chosen = error, scale
-        scales[group] = chosen
-        inverse = _inverse(chosen)
-        for i in range(GROUP):
-            goal[i] = code_of(row[i] * inverse, middles)
 
 
 @compiled

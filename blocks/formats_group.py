@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from hotset.blocks import formats_decode, formats_encode
+from hotset.blocks import formats_decode, formats_encode_group
 from hotset.blocks.experts import layout_dtype
 from hotset.blocks.formats_base import (
     Section,
@@ -46,7 +46,7 @@ from hotset.blocks.formats_base import (
     scale_limit,
 )
 from hotset.blocks.formats_decode import GROUP
-from hotset.blocks.formats_encode import LEAST_SCALE
+from hotset.blocks.formats_encode_group import LEAST_SCALE
 from hotset.blocks.formats_jit import COMPILED
 from hotset.policies.types import Format
 
@@ -81,6 +81,8 @@ class GroupCodec(SectionCodec):
         self.filled = np.zeros(16, dtype=np.float32)
         self.filled[: len(self.levels)] = self.levels
         self.middles = (self.levels[1:] + self.levels[:-1]) / np.float32(2)
+        self.between = np.full(16, np.inf, dtype=np.float32)
+        self.between[: len(self.middles)] = self.middles
         self.linear = bool((np.diff(self.levels) == 1).all())
         self.top = -float(self.levels[0])
         self.factors = np.array([share / self.top for share in shares], dtype=np.float32)
@@ -112,38 +114,33 @@ class GroupCodec(SectionCodec):
                 continue
             codes = stored[field.role].view(-1, GROUP * self.bits // 8)
             scales = stored[f"{field.role}_scale"].view(scale_dtype(layout))
-            flat = weight.reshape(-1)
-            for start in range(0, len(scales), _CHUNK):
-                part = flat[start * GROUP : (start + _CHUNK) * GROUP].to(torch.float32)
-                part = functional.pad(part, (0, -part.numel() % GROUP)).view(-1, GROUP)
-                found, scale = self._quantise(part, layout)
-                codes[start : start + _CHUNK].copy_(pack(found, bits=self.bits))
-                scales[start : start + _CHUNK].copy_(scale)
+            self._encode(weight.reshape(-1), layout, codes, scales)
         return 0, body.numel()
 
-    def _quantise(
-        self, weight: torch.Tensor, layout: BlockLayout
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give codes u8 [G, 64] and scales [G] of float32 weights [G, 64]."""
-        limit = scale_limit(layout, self.top)
-        kind = scale_dtype(layout)
-        if COMPILED and weight.device.type == "cpu":
-            codes = torch.empty(weight.shape, dtype=torch.uint8)
-            scales = torch.empty(len(weight))
-            rest = (
-                self.factors, np.float32(limit), kind == torch.bfloat16,
-                codes.view(-1).numpy(), scales.numpy(),
-            )  # fmt: skip
-            flat = weight.view(-1).numpy()
-            if self.linear:
-                last = np.float32(len(self.middles))
-                formats_encode.encode_even_groups(
-                    flat, self.levels[0], self.middles[0], last, *rest
-                )
+    def _encode(
+        self, flat: torch.Tensor, layout: BlockLayout, codes: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        """Fill `codes` [G, 8 * bits] and `scales` [G] from all weights of a matrix."""
+        kind, limit = scale_dtype(layout), scale_limit(layout, self.top)
+        if COMPILED and flat.device.type == "cpu":
+            if layout.dtype == "bfloat16":
+                weights = as_bits(flat)
             else:
-                formats_encode.encode_groups(flat, tuple(self.levels), tuple(self.middles), *rest)
-            return codes, scales
-        return self.quantise_anywhere(weight, kind=kind, limit=limit)
+                weights = flat.to(torch.float32).numpy()
+            found = torch.empty(len(scales))
+            formats_encode_group.encode_groups(
+                weights, self.filled, self.between, len(self.middles), self.bits, self.linear,
+                self.factors, np.float32(limit), kind == torch.bfloat16,
+                codes.view(-1).numpy(), found.numpy(),
+            )  # fmt: skip
+            scales.copy_(found)
+            return
+        for start in range(0, len(scales), _CHUNK):
+            part = flat[start * GROUP : (start + _CHUNK) * GROUP].to(torch.float32)
+            part = functional.pad(part, (0, -part.numel() % GROUP)).view(-1, GROUP)
+            made, scale = self.quantise_anywhere(part, kind=kind, limit=limit)
+            codes[start : start + _CHUNK].copy_(pack(made, bits=self.bits))
+            scales[start : start + _CHUNK].copy_(scale)
 
     def quantise_anywhere(
         self, weight: torch.Tensor, *, kind: torch.dtype, limit: float

@@ -62,11 +62,11 @@ PERMUTES = _has_permute()
 
 if COMPILED:
 
-    def _emitted(function: Callable[..., Any]) -> Any:
+    def emitted(function: Callable[..., Any]) -> Any:
         """Let `function` emit the code of each call, which passes all but the first argument."""
         return intrinsic(function)
 
-    @_emitted
+    @emitted
     def bits_of(_context: Any, value: Any) -> Any:
         """Bits of a float32."""
 
@@ -75,7 +75,7 @@ if COMPILED:
 
         return types.uint32(types.float32), emit
 
-    @_emitted
+    @emitted
     def float_of(_context: Any, value: Any) -> Any:
         """Float32 with these bits."""
 
@@ -84,64 +84,18 @@ if COMPILED:
 
         return types.float32(types.uint32), emit
 
-    @_emitted
-    def sum_of_group(_context: Any, squares: Any) -> Any:
-        """Sum of an array of 64 float32: 16 lanes of four, then halves onto halves."""
-
-        def emit(target: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.VectorType(ir.FloatType(), 16)
-            array = target.make_array(signature.args[0])(target, builder, args[0])
-            parts = [
-                builder.load(
-                    builder.bitcast(
-                        builder.gep(array.data, [ir.Constant(ir.IntType(64), 16 * part)]),
-                        kind.as_pointer(),
-                    ),
-                    align=4,
-                )
-                for part in range(4)
-            ]
-            total = parts[0]
-            for part in parts[1:]:
-                total = builder.fadd(total, part)
-            for width in (8, 4, 2, 1):
-                none = ir.Constant(total.type, ir.Undefined)
-                low, high = (
-                    builder.shuffle_vector(
-                        total, none, _vector(range(start, start + width), ir.IntType(32))
-                    )
-                    for start in (0, width)
-                )
-                total = builder.fadd(low, high)
-            return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
-
-        return types.float32(squares), emit
-
-    @_emitted
-    def level_of(_context: Any, value: Any, levels: Any, middles: Any) -> Any:
-        """Level of a tuple of n that is nearest to a float32, by the n - 1 middles between them."""
+    @emitted
+    def as_float(_context: Any, value: Any) -> Any:
+        """Float32 of a float32, or of a bfloat16's bits."""
 
         def emit(_target: Any, builder: Any, signature: Any, args: Any) -> Any:
-            found = builder.extract_value(args[1], 0)
-            for step in range(signature.args[2].count):
-                over = builder.fcmp_ordered(">", args[0], builder.extract_value(args[2], step))
-                found = builder.select(over, builder.extract_value(args[1], step + 1), found)
-            return found
+            if signature.args[0] == types.float32:
+                return args[0]
+            whole = ir.IntType(32)
+            wide = builder.shl(builder.zext(args[0], whole), ir.Constant(whole, 16))
+            return builder.bitcast(wide, ir.FloatType())
 
-        return types.float32(types.float32, levels, middles), emit
-
-    @_emitted
-    def code_of(_context: Any, value: Any, middles: Any) -> Any:
-        """Index of the level that `level_of` gives."""
-
-        def emit(_target: Any, builder: Any, signature: Any, args: Any) -> Any:
-            found = ir.Constant(ir.IntType(8), 0)
-            for step in range(signature.args[1].count):
-                over = builder.fcmp_ordered(">", args[0], builder.extract_value(args[1], step))
-                found = builder.select(over, ir.Constant(ir.IntType(8), step + 1), found)
-            return found
-
-        return types.uint8(types.float32, middles), emit
+        return types.float32(value), emit
 
     def _vector(values: Any, lane: Any) -> Any:
         return ir.Constant(ir.VectorType(lane, len(values)), list(values))
@@ -202,7 +156,7 @@ if COMPILED:
     def _permuting(bits: int) -> Any:
         """Make the function that writes the 64 weights of a group from 16 levels and its scale."""
 
-        @_emitted
+        @emitted
         def permute(
             _context: Any, packed: Any, at: Any, levels: Any, scale: Any, out: Any, to: Any
         ) -> Any:
