@@ -23,7 +23,7 @@ from hotset.policies import placement
 from hotset.policies.books import StoreBook
 from hotset.policies.directory import CopyKey
 from hotset.policies.guard import Refusal
-from hotset.policies.reformat import reformat
+from hotset.policies.reformat import fill_planned, reformat, stage_planned
 from hotset.policies.replanning import Replanning
 from hotset.policies.schedule import LinkSchedule, Service, service_of
 from hotset.policies.types import (
@@ -122,11 +122,13 @@ class ClusterBrain(Replanning):
         cause = f"joined {info.name}:{info.incarnation}"
         puts: list[placement.Put | placement.Take] = []
         if book.worker and not again:
-            puts += placement.fill_worker(self._view(), book)
+            fill = fill_planned if self._planned else placement.fill_worker
+            puts += fill(self._view(), book)
         puts += placement.cover(self._view(), reason=Reason.WARM)
         self._plan(puts, cause=cause, reason=Reason.JOINED)
         if info.tier is Tier.HOST and not again:
-            self._plan(placement.fill_host(self._view()), cause=cause, reason=Reason.JOINED)
+            fill_host = stage_planned if self._planned else placement.fill_host
+            self._plan(fill_host(self._view()), cause=cause, reason=Reason.JOINED)
         self._out.append(WakeAt(at_ns=self._now_ns + self.config.tick_ns))
 
     def _lost(self, event: StoreLost) -> None:

@@ -94,6 +94,11 @@ class ClusterLedger:
         self._now_ns = 0
         self._checked_epoch = epoch
         self._ids = tuple(info.block for info in self.blocks)
+        self._planned = {
+            self._flat[block]: form
+            for block, form in self.config.formats.items()
+            if block in self._flat
+        }
         self._may_reduce = self.guard.may_compute(self._ids, Format.INT8)
 
     # --- questions ---------------------------------------------------------------------------
@@ -293,6 +298,7 @@ class ClusterLedger:
             spread=self._spread,
             sizes=self._sizes,
             may_reduce=self._may_reduce,
+            planned=self._planned,
             config=self.config,
             now_ns=self._now_ns,
         )

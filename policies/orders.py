@@ -20,6 +20,7 @@ from hotset.policies.ledger import ClusterLedger
 from hotset.policies.reformat import Change
 from hotset.policies.schedule import Service, service_of
 from hotset.policies.types import (
+    LOSSLESS,
     STORAGE,
     BlockId,
     BlockInfo,
@@ -154,14 +155,16 @@ class Orders(ClusterLedger):
     def _take(self, take: placement.Take, *, cause: str) -> None:
         block = self.blocks[take.flat].block
         name = take.book.info.name
-        going = self._directory.get(CopyKey(block, name, Format.BF16))
+        packed = self._directory.get(CopyKey(block, name, Format.BF16Z))
+        going = self._directory.get(CopyKey(block, name, Format.BF16)) or packed
+        form = going.format if going is not None else Format.BF16
         refusal = self.guard.check_drop(block, self._directory.of_block(block), going=going)
         if refusal is not None:
-            self._veto(take.book, block, Format.BF16, refusal)
+            self._veto(take.book, block, form, refusal)
             return
-        take.book.dropping[take.flat, Format.BF16] = self._now_ns
+        take.book.dropping[take.flat, form] = self._now_ns
         take.book.left_ns[take.flat] = self._now_ns
-        self._drop(name, block, Format.BF16, cause=cause, reason=take.reason)
+        self._drop(name, block, form, cause=cause, reason=take.reason)
 
     def _drop(
         self, store: str, block: BlockId, form: Format, *, cause: str, reason: Reason
@@ -250,7 +253,7 @@ class Orders(ClusterLedger):
         found: list[tuple[bool, int, int, int, str]] = []
         turn = self._flat[block]
         for copy in self._directory.of_block(block):
-            if copy.format is not form and copy.format is not Format.BF16:
+            if copy.format is not form and copy.format not in LOSSLESS:
                 continue
             if copy.store == me and copy.format is form:
                 continue

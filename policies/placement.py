@@ -11,7 +11,7 @@ hold; what it caches afterwards is its own decision.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy as np
 from hotset.policies.types import Format, Reason, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -56,7 +56,8 @@ class View:
     `counts` is popularity, `worth` that times the stall that a nearer copy avoids, `pays` says
     whether this outweighs moving the block. `may_reduce[flat]`: the precision floor allows a
     reduced copy. `dense`: a step touches nearly all blocks. `pressed`: stores that compute keeps
-    busy, where nothing is rearranged.
+    busy, where nothing is rearranged. `planned`: blocks that compute takes in another format than
+    full precision.
     """
 
     books: Sequence[StoreBook]
@@ -70,6 +71,7 @@ class View:
     may_reduce: NDArray[np.bool_]
     config: PolicyConfig
     now_ns: int
+    planned: Mapping[int, Format] = field(default_factory=dict)
 
     def hot_order(self, counts: NDArray[np.int64] | None = None) -> NDArray[np.intp]:
         """Blocks, the one worth most first, ties in spread order."""
@@ -121,11 +123,15 @@ class _Room:
 
 
 def cover(view: View, *, reason: Reason) -> list[Put]:
-    """Give every block that no pool holds a place in one, the hottest nearest to compute."""
+    """Give every block that no pool holds a place in one, the hottest nearest to compute.
+
+    Where compute takes cheaper formats, host memory is theirs and full copies go to CXL first.
+    """
     bare = view.copies(Tier.HOST, Tier.CXL) == 0
     if not bare.any():
         return []
-    rooms = [_Room(view, view.stays(Tier.HOST)), _Room(view, view.stays(Tier.CXL))]
+    tiers = (Tier.CXL, Tier.HOST) if view.planned else (Tier.HOST, Tier.CXL)
+    rooms = [_Room(view, view.stays(tier)) for tier in tiers]
     puts: list[Put] = []
     for flat in view.hot_order():
         if not bare[flat]:

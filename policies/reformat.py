@@ -8,6 +8,10 @@ With hysteresis: a copy keeps its format for `min_dwell_ns`, a pair changes only
 promoted suffers `min_gain_ratio` times as much. In the dense regime, where bytes are what is short,
 demotions also refill the share of memory that is offered to reduced copies.
 
+Where formats are planned for each block (`formatplan`), stores are filled by that plan when they
+join: workers with each block in its own format, host memory with the cheap copies that workers will
+ask for, so that a miss moves few bytes.
+
 Invariants: at most `changes_per_tick` of each kind; never a format below a floor; nothing while
 nobody has counted anything.
 """
@@ -18,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hotset.policies.types import Format, Reason
+from hotset.policies.placement import Put
+from hotset.policies.types import LOSSLESS, Format, Reason, Tier
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,3 +82,40 @@ def _demote(book: StoreBook, flat: int) -> Change:
 
 def _promote(book: StoreBook, flat: int) -> Change:
     return Change(book, flat, Format.INT8, Format.BF16, Reason.PROMOTE)
+
+
+def fill_planned(view: View, book: StoreBook) -> list[Put]:
+    """Fill a worker that joined with what fits, hottest first, each block in its planned format."""
+    order = view.hot_order()
+    order = order[~(book.full | book.reduced | book.coming)[order]]
+    left = book.free_bytes(view.sizes)
+    puts: list[Put] = []
+    for flat in order.tolist():
+        form = view.planned.get(flat, Format.BF16)
+        nbytes = view.sizes.of(flat, form)
+        if nbytes > left:
+            break
+        left -= nbytes
+        puts.append(Put(book, flat, form, Reason.WARM if form in LOSSLESS else Reason.DEMOTE))
+    return puts
+
+
+def stage_planned(view: View) -> list[Put]:
+    """Give cheap copies a place in host memory, then full ones what is left; hottest first."""
+    puts: list[Put] = []
+    free = {
+        book.info.name: (book, book.free_bytes(view.sizes) - view.sizes.of(0, Format.BF16))
+        for book in view.stays(Tier.HOST)  # less the slot in which a pool encodes
+    }
+    for cheap in (True, False):
+        for flat in view.hot_order().tolist():
+            form = view.planned.get(flat, Format.BF16)
+            if not free or (form not in LOSSLESS) is not cheap:
+                continue
+            book, left = max(free.values(), key=lambda one: one[1])
+            nbytes = view.sizes.of(flat, form)
+            if nbytes > left or book.full[flat] or book.reduced[flat] or book.coming[flat]:
+                continue
+            free[book.info.name] = (book, left - nbytes)
+            puts.append(Put(book, flat, form, Reason.STAGE))
+    return puts
