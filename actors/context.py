@@ -23,7 +23,8 @@ class Context:
     step_start_ns: int = 0
     tokens: int = 0
     stall_ns: int = 0
-    fetches: int = 0
+    fetches: int = 0  # of this layer
+    started: int = 0  # prefetches included
     layer_start_ns: int = 0
     layer_stall_ns: int = 0
 

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from hotset.actors.cache import Delivery, Held, Lost
 from hotset.actors.context import Context
 from hotset.actors.dispatch import Dispatched, Dispatcher
-from hotset.actors.linkload import LinkLoad
+from hotset.actors.kinds import ControlKind
 from hotset.actors.tracecontext import signed
 from hotset.blocks.experts import run_expert, run_expert_tiled, view_weights
 from hotset.blocks.formats import codec
 from hotset.blocks.routing import Groups, combine, count_experts
 from hotset.errors import TransferTimeout, TransportError
 from hotset.policies.choose import Move, move_tokens_or_weights
-from hotset.policies.types import FORMAT_CODES, BlockId, Format, Tier
+from hotset.policies.linkload import LinkLoad
+from hotset.policies.types import FORMAT_CODES, BlockId, Format, Reason, Tier
 from hotset.transport.inbox import Inbox
 from hotset.transport.records import NO_NAME, Kind
 
@@ -250,6 +251,7 @@ class TokenPath:
                 layer_ns=start_ns - context.layer_start_ns,
                 stall_ns=context.stall_ns - context.layer_stall_ns,
                 fetches=context.fetches,
+                started=context.started,
             )
         context.layer_start_ns = start_ns
         context.layer_stall_ns = context.stall_ns
@@ -303,6 +305,7 @@ class TokenPath:
                 layer, fetch, inbox=inbox, trace=context.trace, parent=context.step_row
             )
         context.fetches = len(fetch)
+        context.started = len(fetch) + len(plan.prefetch)
         if plan.prefetch:
             self._cache.prefetch(plan.prefetch, trace=context.trace, parent=context.step_row)
         for store, experts in dispatch.items():

@@ -1,46 +1,64 @@
 """`hotset bench simulate`: a live run of the demo against its simulation.
 
-One deployment serves three prompts. The first warms it up. The second calibrates: compute of a
-layer, and what a read from each tier and a dispatch take, all from its trace. The third is the
-test: its recorded routing is simulated with those prices, and step time and stall are held against
-what was measured. Nothing of the third but its routing reaches the simulation.
+One deployment serves a request to warm up and then requests in turns: one to calibrate, one to
+test, and again, so that a machine that grows slower does so for both. Prices come from the traces
+of the calibrating ones (`bench_simulate_prices`). The routing of all requests is simulated with
+them in the order in which they were served, from the copies that the stores then had; step time and
+stall of the tested ones are held against what was measured. Nothing of those but their routing
+reaches the simulation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import statistics
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from hotset.actors import names
+from hotset.cluster.bench_simulate_prices import (
+    holdings_of,
+    prices_of,
+    requests_of,
+    steps_of,
+)
 from hotset.dashboards.otlp import read_run
 from hotset.dashboards.text import table
-from hotset.errors import ClusterError
 from hotset.policies.config import PolicyConfig
-from hotset.policies.linkmodel import LinkSpec
-from hotset.policies.outlook import GUESSES
-from hotset.policies.simspec import ClusterSpec, StoreSpec, TierSpec
+from hotset.policies.simspec import ClusterSpec, StoreSpec
 from hotset.policies.simulate import Simulation
 from hotset.policies.types import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from hotset.cluster.bench_simulate_prices import Prices
     from hotset.cluster.launch import Deployment
-    from hotset.dashboards.otlp import Spans
+    from hotset.policies.simspec import SimScore
 
 _WARM = "# The first request in a process pays for what later ones find ready.\n"
-_CALIBRATE = "def __init__(self, name, value, **kwargs):\n"
-_TEST = "import os\n\nclass Reader:\n"
+_CALIBRATE = (
+    "def __init__(self, name, value, **kwargs):\n",
+    "The history of the town begins with",
+    "#include <stdio.h>\n\nint main(void)\n{\n",
+)
+_TEST = (
+    "import os\n\nclass Reader:\n",
+    "for line in open(path):\n    parts = line.split()\n",
+    "The file is read in blocks, and each block",
+)
 BOUND = 0.15
+_SEEDS = 5
+"""Simulations with different draws of the measured times; their mean is what is compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One policy: means over decode steps of the last request."""
+    """One run under one policy: means over decode steps of the tested requests."""
 
     policy: str
     steps: int
@@ -48,6 +66,10 @@ class Compared:
     simulated_step_ns: int
     live_stall_ns: int
     simulated_stall_ns: int
+    live_fetches_per_step: float
+    simulated_fetches_per_step: float
+    interrupted: int = 0
+    runs: int = 1
 
     @property
     def step_error(self) -> float:
@@ -59,81 +81,39 @@ class Compared:
         """How far the simulated stall is off."""
         return self.simulated_stall_ns / max(1, self.live_stall_ns) - 1.0
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """Decode steps of one request: means, and its window."""
-
-    count: int
-    step_ns: int
-    stall_ns: int
-    begin_ns: int
-    end_ns: int
+    @property
+    def within(self) -> bool:
+        """Whether both are off by no more than the bound."""
+        return max(abs(self.step_error), abs(self.stall_error)) <= BOUND
 
 
-def steps_of(spans: Spans, request: int) -> Steps:
-    """Steps of one token of a request, and what was waited for in them."""
-    rows = spans.table
-    mine = rows["request"] == request
-    steps = rows[mine & spans.where("name", names.SPAN_STEP.name) & (rows["tokens"] == 1)]
-    if not len(steps):
-        raise ClusterError("the trace holds no decode step", remedy="generate more tokens")
-    waits = rows[spans.where("name", names.SPAN_WAIT.name)]
-    waits = waits[np.isin(waits["parent"], steps["span_id"])]
-    return Steps(
-        count=len(steps),
-        step_ns=int((steps["end_ns"] - steps["start_ns"]).mean()),
-        stall_ns=int((waits["end_ns"] - waits["start_ns"]).sum()) // len(steps),
-        begin_ns=int(steps["start_ns"].min()),
-        end_ns=int(steps["end_ns"].max()),
-    )
+class Passes(NamedTuple):
+    """The routing of all requests, pass after pass; decode steps of tested ones are `scored`."""
+
+    visits: list[list[list[int]]]
+    scored: frozenset[int]
 
 
-def prices_of(spans: Spans, window: Steps, *, worker: str) -> tuple[dict[Tier, TierSpec], int]:
-    """What a read from each tier takes in the window, and a dispatch (0: there was none).
+class LiveRun(NamedTuple):
+    """What is left of a live run: its trace, routing and sizes."""
 
-    A read occupies its link for the bytes alone; the rest of its median time is software.
-    """
-    rows = spans.table
-    inside = (rows["start_ns"] >= window.begin_ns) & (rows["end_ns"] <= window.end_ns)
-    inside &= spans.where("store", worker)
-    reads = rows[inside & spans.where("name", names.SPAN_TRANSFER.name) & (rows["nbytes"] > 0)]
-    tiers: dict[Tier, TierSpec] = {}
-    slowest = 0
-    for tier, guess in GUESSES.items():
-        from_tier = np.array(
-            [
-                spans.tiers.get(spans.names[source], "storage") == tier.name.lower()
-                for source in reads["source"]
-            ],
-            dtype=bool,
-        )
-        part = reads[from_tier]
-        link = LinkSpec(bandwidth_bytes_per_s=guess.bandwidth_bytes_per_s, latency_ns=0)
-        if len(part):
-            spent_ns = int(np.median(part["end_ns"] - part["start_ns"]))
-            overhead_ns = max(0, spent_ns - link.transfer_ns(int(np.median(part["nbytes"]))))
-            slowest = max(slowest, overhead_ns)
-            tiers[tier] = TierSpec(link=link, overhead_ns=overhead_ns)
-        else:
-            tiers[tier] = TierSpec(link=link, overhead_ns=-1)
-    for tier, spec in tiers.items():  # what was never read is not cheaper than what was
-        if spec.overhead_ns < 0:
-            tiers[tier] = TierSpec(link=spec.link, overhead_ns=slowest)
-    sent = rows[inside & spans.where("name", names.SPAN_DISPATCH.name)]
-    dispatch_ns = int(np.median(sent["end_ns"] - sent["start_ns"])) if len(sent) else 0
-    return tiers, dispatch_ns
+    folder: Path
+    experts: NDArray[np.uint16]  # [tokens, L, k]
+    seq: NDArray[np.int64]
+    lengths: list[int]  # of prompts, in order
+    layers: tuple[int, ...]
+    num_experts: int
+    block_bytes: int
+    stores: tuple[StoreSpec, ...]
 
 
-def requests_of(spans: Spans) -> list[int]:
-    """Requests in the order in which they began."""
-    rows = spans.table[spans.where("name", names.SPAN_STEP.name)]
-    order = rows[np.argsort(rows["start_ns"], kind="stable")]
-    return list(dict.fromkeys(int(one) for one in order["request"]))
-
-
-def compare(policy: str, *, tokens: int, say: Callable[[str], None]) -> Compared:
+def compare(policy: str, *, tokens: int, rounds: int, say: Callable[[str], None]) -> Compared:
     """Serve, calibrate, simulate."""
+    return hold_against(policy, serve(policy, tokens=tokens, rounds=rounds, say=say))
+
+
+def serve(policy: str, *, tokens: int, rounds: int, say: Callable[[str], None]) -> LiveRun:
+    """Run the demo model: one request to warm up, then calibrating and tested ones in turns."""
     from hotset.cluster.cli import DEMO_MODEL
     from hotset.cluster.config import RunConfig
     from hotset.cluster.front import Front
@@ -146,7 +126,10 @@ def compare(policy: str, *, tokens: int, say: Callable[[str], None]) -> Compared
     config = RunConfig.build(model=DEMO_MODEL, policy=policy, record=True)
     deployment = prepare(config, run=new_run_id(), say=say)
     tokenizer = load_tokenizer(str(config.model))
-    prompts = [encode_prompt(tokenizer, text) for text in (_WARM, _CALIBRATE, _TEST)]
+    texts = [_WARM]
+    for at in range(rounds):
+        texts += [_CALIBRATE[at % len(_CALIBRATE)], _TEST[at % len(_TEST)]]
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
     with on_cluster(None, plan_nodes(config), say=say):
         try:
             deployment.start()
@@ -157,57 +140,94 @@ def compare(policy: str, *, tokens: int, say: Callable[[str], None]) -> Compared
             routing = collect(deployment)
         finally:
             deployment.stop()
-    spans = read_run(deployment.run_dir)
-    _, first, second = (steps_of(spans, one) for one in requests_of(spans)[:3])
-    lengths = [len(prompt) for prompt in prompts]
-    visits, skip = lay_out(routing.experts, routing.seq, prefills=lengths)
-    spec = _spec(deployment, spans, first)
-    score = simulate_visits(spec, policy=policy, visits=visits, skip=skip)
+    catalog = deployment.catalog
+    return LiveRun(
+        folder=deployment.run_dir, experts=routing.experts, seq=routing.seq,
+        lengths=[len(prompt) for prompt in prompts], layers=catalog.layers,
+        num_experts=catalog.num_experts, block_bytes=catalog.block_nbytes,
+        stores=_stores(deployment),
+    )  # fmt: skip
+
+
+def hold_against(policy: str, run: LiveRun) -> Compared:
+    """Simulate the tested requests of a run with the prices of the others."""
+    spans = read_run(run.folder)
+    served = requests_of(spans)[1:]
+    calibrating, tested = (steps_of(spans, served[first::2]) for first in (0, 1))
+    passes = lay_out(run.experts, run.seq, prefills=run.lengths)
+    begin_ns = int(spans.table["start_ns"][spans.where("name", names.SPAN_STEP.name)].min())
+    stores = tuple(
+        replace(store, holds=holdings_of(spans, store=store.name, until_ns=begin_ns))
+        for store in run.stores
+    )
+    run = run._replace(stores=stores)
+    seen = [tier for tier in Tier if tier in {s.tier for s in run.stores} | {Tier.STORAGE}]
+    prices = prices_of(
+        spans, calibrating, worker="worker-0", layers=len(run.layers),
+        top_k=run.experts.shape[2], seen=seen,
+    )  # fmt: skip
+    scores = [
+        simulate_passes(spec_of(run, prices, seed=seed), policy=policy, passes=passes)
+        for seed in range(_SEEDS)
+    ]
+    steps = sum(score.steps for score in scores)
     return Compared(
         policy=policy,
-        steps=second.count,
-        live_step_ns=second.step_ns,
-        simulated_step_ns=score[0],
-        live_stall_ns=second.stall_ns,
-        simulated_stall_ns=score[1],
-    )
+        steps=len(tested.steps),
+        live_step_ns=tested.step_ns,
+        simulated_step_ns=sum(score.step_ns for score in scores) // max(1, steps),
+        live_stall_ns=tested.stall_ns,
+        simulated_stall_ns=sum(score.stall_ns for score in scores) // max(1, steps),
+        live_fetches_per_step=round(tested.fetches(spans) / len(tested.steps), 3),
+        simulated_fetches_per_step=round(
+            sum(sum(score.fetched.values()) + score.prefetched for score in scores)
+            / max(1, steps), 3,
+        ),
+        interrupted=tested.interrupted,
+    )  # fmt: skip
 
 
-def simulate_visits(
-    spec: ClusterSpec, *, policy: str, visits: list[list[list[int]]], skip: int
-) -> tuple[int, int]:
-    """Mean step time and stall of the steps after the first `skip`."""
+def simulate_passes(spec: ClusterSpec, *, policy: str, passes: Passes) -> SimScore:
+    """Totals of the scored passes of worker-0."""
     from hotset.cluster.simulate import policy_maker
 
-    score = Simulation(
-        spec, policies=policy_maker(policy, spec), visits={"worker-0": visits},
-        config=PolicyConfig(), skip_steps=skip,
+    return Simulation(
+        spec, policies=policy_maker(policy, spec), visits={"worker-0": passes.visits},
+        config=PolicyConfig(), unscored=set(range(len(passes.visits))) - passes.scored,
     ).run()  # fmt: skip
-    return score.step_ns // max(1, score.steps), score.stall_ns // max(1, score.steps)
 
 
 def lay_out(
-    experts: NDArray[np.uint16], seq: NDArray[np.int64], *, prefills: list[int]
-) -> tuple[list[list[list[int]]], int]:
+    experts: NDArray[np.uint16], seq: NDArray[np.int64], *, prefills: Sequence[int]
+) -> Passes:
     """Passes of all requests: a prefill is one pass that needs all its tokens' experts.
 
-    Returns the passes, and how many come before the last request's decode steps.
+    The first request is there to warm up; of the others each second one is tested.
     """
     visits: list[list[list[int]]] = []
-    skip = 0
-    for request, length in zip(dict.fromkeys(seq.tolist()), prefills, strict=True):
+    scored: set[int] = set()
+    for at, (request, length) in enumerate(zip(dict.fromkeys(seq.tolist()), prefills, strict=True)):
         rows = experts[seq == request]
         visits.append([np.unique(rows[:length, row]).tolist() for row in range(rows.shape[1])])
-        skip = len(visits)
+        first = len(visits)
         visits += rows[length:].tolist()
-    return visits, skip
+        if at and at % 2 == 0:
+            scored.update(range(first, len(visits)))
+    return Passes(visits, frozenset(scored))
 
 
-def _spec(deployment: Deployment, spans: Spans, first: Steps) -> ClusterSpec:
-    catalog, sizes, config = deployment.catalog, deployment.sizes, deployment.config
-    tiers, dispatch_ns = prices_of(spans, first, worker="worker-0")
-    compute_ns = max(1, (first.step_ns - first.stall_ns) // len(catalog.layers))
-    stores = [
+def spec_of(run: LiveRun, prices: Prices, *, seed: int) -> ClusterSpec:
+    """The run's cluster at these prices."""
+    return ClusterSpec(
+        layers=run.layers, num_experts=run.num_experts, block_bytes=run.block_bytes,
+        stores=run.stores, tiers=prices.tiers, layer_ns=(prices.layer_ns,) * len(run.layers),
+        fetch_ns=prices.fetch_ns, dispatch_ns=prices.dispatch_ns, seed=seed,
+    )  # fmt: skip
+
+
+def _stores(deployment: Deployment) -> tuple[StoreSpec, ...]:
+    sizes, config = deployment.sizes, deployment.config
+    return tuple(
         StoreSpec(name=name, tier=tier, node="n0", slots=nbytes // sizes.slot_bytes)
         for names_of, tier, nbytes in (
             ([f"worker-{at}" for at in range(config.workers)], Tier.HBM, sizes.hbm_bytes),
@@ -215,26 +235,49 @@ def _spec(deployment: Deployment, spans: Spans, first: Steps) -> ClusterSpec:
             ([f"cxl-{at}" for at in range(config.cxl_pools)], Tier.CXL, sizes.cxl_bytes),
         )
         for name in names_of
-    ]
-    return ClusterSpec(
-        layers=catalog.layers, num_experts=catalog.num_experts, block_bytes=catalog.block_nbytes,
-        stores=tuple(stores), tiers=tiers, layer_ns=(compute_ns,) * len(catalog.layers),
-        dispatch_ns=dispatch_ns,
-    )  # fmt: skip
+    )
 
 
-def render(found: list[Compared]) -> str:
+def medians(found: Sequence[Compared]) -> list[Compared]:
+    """One row for each policy: medians of each figure over its runs."""
+    rows = []
+    for policy in dict.fromkeys(one.policy for one in found):
+        mine = [one for one in found if one.policy == policy]
+        rows.append(
+            Compared(
+                policy=policy,
+                steps=sum(one.steps for one in mine),
+                live_step_ns=int(statistics.median(one.live_step_ns for one in mine)),
+                simulated_step_ns=int(statistics.median(one.simulated_step_ns for one in mine)),
+                live_stall_ns=int(statistics.median(one.live_stall_ns for one in mine)),
+                simulated_stall_ns=int(statistics.median(one.simulated_stall_ns for one in mine)),
+                live_fetches_per_step=statistics.median(o.live_fetches_per_step for o in mine),
+                simulated_fetches_per_step=statistics.median(
+                    one.simulated_fetches_per_step for one in mine
+                ),
+                interrupted=sum(one.interrupted for one in mine),
+                runs=len(mine),
+            )
+        )
+    return rows
+
+
+def render(found: Sequence[Compared]) -> str:
     """A table: measured, simulated, and how far apart."""
-    head = ("policy", "steps", "live step ms", "simulated", "off", "live stall ms", "simulated",
-            "off", f"within {BOUND:.0%}")  # fmt: skip
+    head = ("policy", "runs", "steps", "live step ms", "simulated", "off", "live stall ms",
+            "simulated", "off", "live loads", "simulated", f"within {BOUND:.0%}")  # fmt: skip
     rows = [
         (
-            one.policy, str(one.steps), f"{one.live_step_ns / 1e6:.3f}",
+            one.policy, str(one.runs), str(one.steps), f"{one.live_step_ns / 1e6:.3f}",
             f"{one.simulated_step_ns / 1e6:.3f}", f"{one.step_error:+.0%}",
             f"{one.live_stall_ns / 1e6:.3f}", f"{one.simulated_stall_ns / 1e6:.3f}",
-            f"{one.stall_error:+.0%}",
-            "yes" if max(abs(one.step_error), abs(one.stall_error)) <= BOUND else "no",
+            f"{one.stall_error:+.0%}", f"{one.live_fetches_per_step:.2f}",
+            f"{one.simulated_fetches_per_step:.2f}", "yes" if one.within else "no",
         )
         for one in found
     ]  # fmt: skip
-    return "\n".join(table(head, rows))
+    lines = list(table(head, rows))
+    paused = sum(one.interrupted for one in found)
+    if paused:
+        lines.append(f"{paused} steps of over ten medians were interrupted and are left out")
+    return "\n".join(lines)

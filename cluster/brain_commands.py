@@ -153,17 +153,35 @@ def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
     type=click.IntRange(min=8),
     default=64,
     show_default=True,
-    help="tokens of each of the three requests",
+    help="tokens of each request",
 )
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
-def bench_simulate_command(*, policies: str, tokens: int, as_json: bool) -> None:
-    """Step time and stall of a live demo run next to their simulation, by policy."""
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="calibrating and tested requests of a run, in turns",
+)
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="live runs of each policy, in turns; medians are printed",
+)
+@click.option("--json", "as_json", is_flag=True, help="print a JSON list of runs, nothing else")
+def bench_simulate_command(
+    *, policies: str, tokens: int, rounds: int, runs: int, as_json: bool
+) -> None:
+    """Step time and stall of live demo runs next to their simulation, by policy."""
     from dataclasses import asdict
 
-    from hotset.cluster.bench_simulate import compare, render
+    from hotset.cluster.bench_simulate import compare, medians, render
 
+    tell = silent if as_json else say
     found = [
-        compare(name.strip(), tokens=tokens, say=silent if as_json else say)
+        compare(name.strip(), tokens=tokens, rounds=rounds, say=tell)
+        for _ in range(runs)
         for name in policies.split(",")
     ]
     if as_json:
@@ -173,4 +191,6 @@ def bench_simulate_command(*, policies: str, tokens: int, as_json: bool) -> None
         ]
         click.echo(json.dumps(rows))
         return
-    click.echo(render(found))
+    if runs > 1:
+        click.echo(f"{render(found)}\n\nmedians\n")
+    click.echo(render(medians(found)))

@@ -227,7 +227,7 @@ def run_simulation(config: SimConfig, *, policy: str, seed: int) -> tuple[SimSco
     visits = routing_of(config, seed=seed)
     began = time.perf_counter()
     simulation = Simulation(
-        spec, policies=maker, visits=visits, skip_steps=config.skip_tokens,
+        spec, policies=maker, visits=visits, unscored=range(config.skip_tokens),
         config=PolicyConfig(tick_ns=200_000_000),
     )  # fmt: skip
     return simulation.run(), time.perf_counter() - began

@@ -42,7 +42,7 @@ from hotset.policies.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from hotset.policies.config import PolicyConfig
     from hotset.policies.plan import ResidencyPolicy
@@ -59,13 +59,13 @@ class SimCluster:
         policies: Callable[[StoreSpec], ResidencyPolicy],
         visits: Mapping[str, Sequence[Sequence[Sequence[int]]]],
         config: PolicyConfig | None = None,
-        skip_steps: int = 0,
+        unscored: Collection[int] = (),
     ) -> None:
-        """`visits[worker][token][row]` are experts; the first `skip_steps` are not scored."""
+        """`visits[worker][token][row]` are experts; the steps in `unscored` are not scored."""
         self.spec = spec
         self.score = SimScore()
         self.now_ns = 1
-        self._skip = skip_steps
+        self._unscored = frozenset(unscored)
         self._layers, self._size = spec.layers, spec.num_experts
         self._rows = {layer: row for row, layer in enumerate(spec.layers)}
         half = max(1, spec.block_bytes // 2)
@@ -98,8 +98,12 @@ class SimCluster:
         self._incarnation: dict[str, int] = {}
         self._generation = 0
         self._warm = True
+        self._brings = any(store.holds for store in spec.stores)
+        self._draws = 0
         self._workers = {
-            store.name: SimWorker(store.name, policies(store), visits[store.name])
+            store.name: SimWorker(
+                store.name, policies(store), visits[store.name], usual=_usual(visits[store.name])
+            )
             for store in spec.stores
             if store.name in visits
         }
@@ -116,18 +120,40 @@ class SimCluster:
     ) -> None:
         self._serial += 1
         number = self._serial
-        self._flights[number] = SimFlight(reader, flat, source, reason)
+        overhead_ns = self._overhead_ns(source, reason, worker)
+        self._flights[number] = SimFlight(reader, flat, source, reason, overhead_ns)
         if worker is not None:
             worker.coming[flat] = number
+            worker.started += 1
         self._advance(source)
         link = self._links[source]
         link.add(number, service_of(reason), nbytes=self.spec.block_bytes, now_ns=self.now_ns)
         self._wake(source)
 
     def _advance(self, name: str) -> None:
-        overhead_ns = self.spec.tiers[self._tier(name)].overhead_ns
         while (landing := self._links[name].advance(self.now_ns)) is not None:
-            self._at(max(self.now_ns, landing.at_ns + overhead_ns), "landed", landing.key)
+            flight = self._flights.get(landing.key)
+            if flight is not None:
+                at_ns = landing.at_ns + flight.overhead_ns
+                self._at(max(self.now_ns, at_ns), "landed", landing.key)
+
+    def _overhead_ns(self, source: str, reason: Reason, worker: SimWorker | None) -> int:
+        """What this read takes beside the link: reads of one layer and tier land together."""
+        tier = self._tier(source)
+        spec = self.spec.tiers[tier]
+        if worker is None or reason is not Reason.DEMAND:
+            reads = spec.beside or spec.alone
+        else:
+            reads = (spec.beside or spec.alone) if worker.here else (spec.alone or spec.beside)
+        if not reads:
+            return spec.overhead_ns
+        read = worker.drawn.get(tier) if worker is not None and reason is Reason.DEMAND else None
+        if read is None:
+            self._draws += 1
+            read = reads[_mix(self.spec.seed, self._draws) % len(reads)]
+            if worker is not None and reason is Reason.DEMAND:
+                worker.drawn[tier] = read
+        return read.overhead_ns
 
     def _run_link(self, name: str) -> None:
         if self._wakes.get(name) == self.now_ns:
@@ -179,7 +205,14 @@ class SimCluster:
             name=store.name, tier=store.tier, node=store.node, incarnation=incarnation,
             capacity_bytes=store.slots * self._slot_bytes,
         )  # fmt: skip
-        self._tell(StoreJoined(now_ns=self.now_ns, store=info))
+        holds = store.holds if self._warm else ()  # who comes back comes back empty
+        copies = tuple(self._copy(store.name, block) for block in holds)
+        worker = self._workers.get(store.name)
+        if worker is not None:
+            for block in holds:
+                worker.policy.in_flight(block.layer, block.index, reason=Reason.JOINED)
+                worker.policy.landed(block.layer, block.index)
+        self._tell(StoreJoined(now_ns=self.now_ns, store=info, copies=copies))
 
     def _tell(self, event: Event) -> None:
         todo = list(reversed(self.brain.handle(event)))
@@ -190,6 +223,8 @@ class SimCluster:
 
     def _obey(self, command: Command) -> list[Command]:
         match command:
+            case StartTransfer() if self._warm and self._brings:
+                return self._refuse(command.store, command.block, command.format, Reason.STALE)
             case StartTransfer() if self._warm:
                 return self._fill(command)
             case StartTransfer():
@@ -276,3 +311,18 @@ class SimCluster:
             now_ns=self.now_ns, store=store, block=block, format=Format.BF16, reason=reason,
             incarnation=self._incarnation[store],
         )  # fmt: skip
+
+
+def _usual(steps: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Needs of a decode step: prefills are few and need more."""
+    needs = sorted(sum(len(experts) for experts in step) for step in steps)
+    return needs[len(needs) // 2] if needs else 0
+
+
+def _mix(seed: int, serial: int) -> int:
+    """A number below 2 ** 64 that looks random: SplitMix64 (Steele, Lea, Flood 2014)."""
+    mask = (1 << 64) - 1
+    mixed = (seed * 0xD1342543DE82EF95 + serial * 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return mixed ^ (mixed >> 31)

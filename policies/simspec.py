@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotset.policies.config import PolicyConfig
-from hotset.policies.types import Reason, Tier  # noqa: TC001 - fields of named tuples
+from hotset.policies.linkload import LinkLoad
+from hotset.policies.types import BlockId, Reason, Tier  # noqa: TC001 - fields of named tuples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,22 +20,45 @@ if TYPE_CHECKING:
     from hotset.policies.plan import ResidencyPolicy
 
 
+class ReadSample(NamedTuple):
+    """A measured read: from asking until compute could use it, beside the time on the link.
+
+    Until `cover_ns` after asking compute had something else to do; both are of one read, because
+    what slows the one slows the other.
+    """
+
+    overhead_ns: int
+    cover_ns: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSpec:
-    """A tier's link, and what a read of it costs beside the link."""
+    """A tier's link, and what a read of it costs beside the link.
+
+    `alone` and `beside` are measured reads, of which those of one layer draw one (by the seed of
+    the cluster): `alone` where none of the layer's experts was here, `beside` where some were.
+    Without them every read takes `overhead_ns`, which is also the price by which sources compete.
+    """
 
     link: LinkSpec
     overhead_ns: int = 0
+    alone: tuple[ReadSample, ...] = ()
+    beside: tuple[ReadSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSpec:
-    """A store of the simulated cluster; `slots` are full blocks."""
+    """A store of the simulated cluster; `slots` are full blocks.
+
+    `holds` are the blocks that it brings along, oldest first. Where stores bring none, the brain
+    fills them all in no time.
+    """
 
     name: str
     tier: Tier
     node: str
     slots: int
+    holds: tuple[BlockId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +72,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """What is simulated; `layer_ns[row]` is compute of a layer, dense part included."""
+    """What is simulated; `layer_ns[row]` is compute of a layer, dense part included.
+
+    `fetch_ns` is what each block that a device fetches adds to its own compute.
+    """
 
     layers: tuple[int, ...]
     num_experts: int
@@ -56,6 +83,8 @@ class ClusterSpec:
     stores: tuple[StoreSpec, ...]
     tiers: dict[Tier, TierSpec]
     layer_ns: tuple[int, ...]
+    fetch_ns: int = 0
+    seed: int = 0
     dispatch_ns: int = 0  # round trip of tokens to a peer and its compute; 0: tokens stay
     report_ns: int = 200_000_000
     faults: tuple[Fault, ...] = ()
@@ -87,6 +116,7 @@ class SimFlight(NamedTuple):
     flat: int
     source: str
     reason: Reason
+    overhead_ns: int
 
 
 @dataclass(slots=True)
@@ -103,9 +133,16 @@ class SimWorker:
     step_stall_ns: int = 0
     waiting: set[int] = field(default_factory=set)
     unclaimed: list[int] = field(default_factory=list)
+    usual: int = 0  # needs of a decode step
     prefetching: int = 0
-    fetches: float = 0.0  # moving averages over layers
-    layer_ns: float = 0.0
+    load: LinkLoad = field(default_factory=LinkLoad)
+    layer_began_ns: int = 0
+    fetches: int = 0  # of the layer: asked for, and started in all
+    started: int = 0
+    busy_ns: int = 0  # until then compute has something to do without what it waits for
+    stall_ns: int = 0
+    here: bool = False  # some of the layer's experts are
+    drawn: dict[Tier, ReadSample] = field(default_factory=dict)  # for the layer's reads
     coming: dict[int, int] = field(default_factory=dict)  # flat -> flight
     counts: dict[int, int] = field(default_factory=dict)
     steps_told: int = 0

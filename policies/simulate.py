@@ -5,10 +5,12 @@ commands are carried out, links follow `LinkSchedule`. Must not know files, cloc
 randomness comes from the seed of the workload it is given.
 
 A worker runs one request: layer by layer it asks its policy, fetches what is missing from the
-cheapest store that holds it (or sends the tokens to a peer), waits until all is there, computes. A
+cheapest store that holds it (or sends the tokens to a peer), computes what is here, waits for the
+rest and computes it as it lands. Stall is what it waits when it has nothing left to compute. A
 store's link serves one transfer at a time, so readers contend. What a read costs beside the link
-(software at both ends) is `overhead_ns`: it delays the landing and occupies nothing. The first fill
-takes no time: runs are compared once they are warm.
+(software at both ends) is its overhead: it delays the landing and occupies nothing. Prefetching is
+steered by the same `LinkLoad` as in a worker, trial included, fed with simulated times. The first
+fill takes no time: runs are compared once they are warm.
 
 Invariants: no event happens before one that has happened; every transfer ends once; bytes that were
 sent are bytes that arrived, or belong to a lost store; the same input gives the same figures.
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import heapq
 
-from hotset.policies.choose import prefetch_bar
 from hotset.policies.simcluster import SimCluster
 from hotset.policies.simspec import (
     Fault,
@@ -37,8 +38,6 @@ from hotset.policies.types import (
     Tick,
 )
 
-_GAIN = 0.05
-"""Weight of the newest layer in the averages that steer prefetching, as in the worker."""
 _AT_ONCE_PREFETCHES = 4
 """Prefetches of one worker on their way at once; those that wait are withdrawn when their layer
 comes."""
@@ -92,6 +91,9 @@ class Simulation(SimCluster):
             self._tell(Tick(now_ns=self.now_ns))
             self._at(self.now_ns + self.brain.config.tick_ns, "tick", None)
 
+    def _scored(self, worker: SimWorker) -> bool:
+        return worker.at not in self._unscored
+
     # --- a worker's layer -----------------------------------------------------------------------
 
     def _layer(self, worker: SimWorker) -> None:
@@ -103,46 +105,54 @@ class Simulation(SimCluster):
         counts = [1] * len(experts)
         self._steer(worker)
         plan = worker.policy.routed(self._layers[row], experts, counts, step=worker.at, request=1)
-        worker.fetches += _GAIN * (len(plan.missing) - worker.fetches)
+        worker.fetches = worker.started = worker.stall_ns = 0
         base = row * self._size
         for expert in experts:
             worker.counts[base + expert] = worker.counts.get(base + expert, 0) + 1
-        scored = worker.at >= self._skip
+        scored = self._scored(worker)
         self.score.needs += len(experts) * scored
         self.score.hits += len(plan.resident) * scored
         worker.began_ns = self.now_ns
         worker.waiting = {base + expert for expert in (*plan.arriving, *plan.missing)}
+        worker.here = bool(plan.resident)
+        worker.drawn.clear()
         for expert in plan.arriving:
             self._hasten(worker, base + expert)
         for expert in plan.missing:
             self._demand(worker, base + expert)
         for layer, expert in plan.prefetch:
             self._prefetch(worker, self._rows[layer] * self._size + expert)
+        cover_ns = min((read.cover_ns for read in worker.drawn.values()), default=0)
+        worker.busy_ns = self.now_ns + cover_ns
         if not worker.waiting:
             self._compute(worker)
 
     def _steer(self, worker: SimWorker) -> None:
         """Tell the policy when prefetches pay, as a worker does."""
-        if worker.began_ns:
-            worker.layer_ns += _GAIN * (self.now_ns - worker.began_ns - worker.layer_ns)
-        busy = worker.fetches * self._fetch_ns / max(1.0, worker.layer_ns)
-        ahead_ns = self.spec.layer_ns[worker.row]
-        chance = prefetch_bar(fetch_ns=self._fetch_ns, ahead_ns=ahead_ns, busy_ratio=min(1.0, busy))
-        worker.policy.steer(chance)
+        if worker.layer_began_ns:
+            worker.load.observe(
+                layer_ns=self.now_ns - worker.layer_began_ns,
+                stall_ns=worker.stall_ns,
+                fetches=worker.fetches,
+                started=worker.started,
+            )
+        worker.layer_began_ns = self.now_ns
+        worker.policy.steer(worker.load.bar(fetch_ns=self._fetch_ns))
 
     def _demand(self, worker: SimWorker, flat: int) -> None:
         source = self._cheapest(worker.name, flat)
         holder = self._peer(worker.name, flat) if self.spec.dispatch_ns else None
         if holder is not None and self.spec.dispatch_ns < self._wait_ns(source):
-            self.score.dispatched += worker.at >= self._skip
+            self.score.dispatched += self._scored(worker)
             self._at(self.now_ns + self.spec.dispatch_ns, "answer", (worker, flat))
             return
         if not self._claim(worker, flat, Reason.DEMAND):
             worker.unclaimed.append(flat)
             return
-        if worker.at >= self._skip:
+        if self._scored(worker):
             tier = self._tier(source).name.lower()
             self.score.fetched[tier] = self.score.fetched.get(tier, 0) + 1
+        worker.fetches += 1
         self._send(worker.name, flat, source, reason=Reason.DEMAND, worker=worker)
 
     def _prefetch(self, worker: SimWorker, flat: int) -> None:
@@ -154,7 +164,7 @@ class Simulation(SimCluster):
         source = self._cheapest(worker.name, flat)
         if self._claim(worker, flat, Reason.PREFETCH):
             worker.prefetching += 1
-            self.score.prefetched += worker.at >= self._skip
+            self.score.prefetched += self._scored(worker)
             self._send(worker.name, flat, source, reason=Reason.PREFETCH, worker=worker)
 
     def _claim(self, worker: SimWorker, flat: int, reason: Reason) -> bool:
@@ -179,16 +189,23 @@ class Simulation(SimCluster):
             self._wake(flight.source)
 
     def _arrived(self, worker: SimWorker, flat: int) -> None:
-        """Weights or a peer's answer are here; with the last one compute starts."""
+        """Weights or a peer's answer are here and compute; with the last one the layer ends."""
         if flat not in worker.waiting or not worker.alive:
             return
         worker.waiting.discard(flat)
+        if self.now_ns > worker.busy_ns:
+            waited_ns = self.now_ns - worker.busy_ns
+            worker.stall_ns += waited_ns
+            worker.busy_ns += waited_ns
         if not worker.waiting:
             self._compute(worker)
 
     def _compute(self, worker: SimWorker) -> None:
-        worker.step_stall_ns += self.now_ns - worker.began_ns
-        self._at(self.now_ns + self.spec.layer_ns[worker.row], "computed", worker)
+        """All is here: the rest of the layer's compute takes its time."""
+        worker.step_stall_ns += worker.stall_ns
+        compute_ns = self.spec.layer_ns[worker.row] + self.spec.fetch_ns * worker.started
+        end_ns = worker.began_ns + worker.stall_ns + compute_ns
+        self._at(max(end_ns, self.now_ns), "computed", worker)
 
     def _computed(self, worker: SimWorker) -> None:
         if not worker.alive:
@@ -196,16 +213,22 @@ class Simulation(SimCluster):
         worker.row += 1
         if worker.row == len(self._layers):
             worker.row = 0
-            if worker.at >= self._skip:
-                self.score.steps += 1
-                self.score.step_ns += self.now_ns - worker.step_began_ns
-                self.score.stall_ns += worker.step_stall_ns
-            worker.at += 1
-            self._report(worker)
+            self._end_step(worker)
         if worker.at == len(worker.visits):
             self._running -= 1
             return
         self._layer(worker)
+
+    def _end_step(self, worker: SimWorker) -> None:
+        step_ns = self.now_ns - worker.step_began_ns
+        if self._scored(worker):
+            self.score.steps += 1
+            self.score.step_ns += step_ns
+            self.score.stall_ns += worker.step_stall_ns
+        needs = sum(len(experts) for experts in worker.visits[worker.at])
+        worker.load.step(step_ns=step_ns, tokens=1 if needs <= worker.usual else 2)
+        worker.at += 1
+        self._report(worker)
 
     def _report(self, worker: SimWorker) -> None:
         """What a worker's heartbeat says."""

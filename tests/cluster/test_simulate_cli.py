@@ -114,11 +114,12 @@ def test_recordings_become_a_trace_that_replay_reads(tmp_path: Path) -> None:
         join_recordings([Recording(requests=(), cut=False)])
 
 
-def test_a_prefill_is_one_pass_over_all_its_experts() -> None:
-    experts = np.array([[[0, 1]], [[1, 2]], [[3, 4]], [[5, 6]], [[0, 7]]])
-    visits, skip = lay_out(experts.astype(np.uint16), np.array([0, 0, 0, 1, 1]), prefills=[2, 1])
-    assert visits == [[[0, 1, 2]], [[3, 4]], [[5, 6]], [[0, 7]]]
-    assert skip == 3
+def test_a_prefill_is_one_pass_and_every_second_request_is_tested() -> None:
+    experts = np.array([[[0, 1]], [[1, 2]], [[3, 4]], [[5, 6]], [[0, 7]], [[1, 3]], [[2, 4]]])
+    seq = np.array([0, 0, 0, 1, 1, 2, 2])
+    passes = lay_out(experts.astype(np.uint16), seq, prefills=[2, 1, 1])
+    assert passes.visits == [[[0, 1, 2]], [[3, 4]], [[5, 6]], [[0, 7]], [[1, 3]], [[2, 4]]]
+    assert passes.scored == {5}
 
 
 def test_the_brains_tick_is_measured() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from routing_traces import markov_trace
 
@@ -9,9 +12,17 @@ from hotset.policies.config import PolicyConfig
 from hotset.policies.device import DeviceShape
 from hotset.policies.linkmodel import LinkSpec
 from hotset.policies.residency import make_policy
-from hotset.policies.simspec import ClusterSpec, Fault, SimScore, StoreSpec, TierSpec, slot_bytes
+from hotset.policies.simspec import (
+    ClusterSpec,
+    Fault,
+    ReadSample,
+    SimScore,
+    StoreSpec,
+    TierSpec,
+    slot_bytes,
+)
 from hotset.policies.simulate import Simulation
-from hotset.policies.types import Tier
+from hotset.policies.types import BlockId, Tier
 
 LAYERS, EXPERTS, K = 4, 8, 2
 BLOCK = 1 << 20
@@ -40,7 +51,7 @@ def cluster(
 
 
 def simulate(
-    spec: ClusterSpec, *, policy: str = "lru", tokens: int = 60, seed: int = 1, **more: int
+    spec: ClusterSpec, *, policy: str = "lru", tokens: int = 60, seed: int = 1, **more: Any
 ) -> SimScore:
     slot = slot_bytes(spec)
     workers = [store for store in spec.stores if store.tier is Tier.HBM]
@@ -111,8 +122,35 @@ def test_tokens_go_to_a_peer_where_that_is_cheaper() -> None:
     assert "hbm" not in score.fetched
 
 
+def test_stall_is_what_compute_had_nothing_to_do_for() -> None:
+    read = ReadSample(overhead_ns=5000, cover_ns=4000)
+    host = TierSpec(link=LINK.link, overhead_ns=5000, alone=(read,), beside=(read,))
+    spec = cluster(tiers={**TIERS, Tier.HOST: host})
+    covered, bare = simulate(spec), simulate(cluster(tiers={
+        **TIERS, Tier.HOST: TierSpec(link=LINK.link, overhead_ns=5000)}))  # fmt: skip
+    assert covered.fetched == bare.fetched
+    layers_that_waited = (bare.stall_ns - covered.stall_ns) / 4000
+    assert layers_that_waited == int(layers_that_waited) > 0
+
+
+def test_each_fetch_adds_to_the_compute_of_its_device() -> None:
+    plain, dear = simulate(cluster()), simulate(replace(cluster(), fetch_ns=700))
+    assert dear.fetched == plain.fetched
+    assert dear.stall_ns == plain.stall_ns
+    assert dear.step_ns - plain.step_ns == 700 * sum(plain.fetched.values())
+
+
+def test_stores_start_with_what_they_bring() -> None:
+    spec = cluster(slots=LAYERS * EXPERTS)
+    half = tuple(BlockId(layer, index) for layer in range(LAYERS) for index in range(EXPERTS // 2))
+    stores = tuple(replace(store, holds=half) for store in spec.stores)
+    score = simulate(replace(spec, stores=stores))
+    assert set(score.fetched) == {"storage"}, "nobody brought the other half"
+    assert sum(score.fetched.values()) <= LAYERS * EXPERTS // 2
+
+
 def test_steps_before_the_start_are_not_scored() -> None:
-    whole, late = simulate(cluster()), simulate(cluster(), skip_steps=20)
+    whole, late = simulate(cluster()), simulate(cluster(), unscored=range(20))
     assert late.steps == whole.steps - 20
     assert 0 < late.stall_ns < whole.stall_ns
 
