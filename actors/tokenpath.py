@@ -176,6 +176,8 @@ class TokenPath:
             while ready:
                 held = ready.pop(0)
                 outputs[held.expert] = self._expert(module, hidden, groups, held)
+                if held.stands_in:
+                    self._stood_in(held)
                 self._hit("stand-in" if held.stands_in else "hbm", 1)
             while len(outputs) < len(experts):
                 self._arrive(
@@ -417,6 +419,23 @@ class TokenPath:
         finally:
             if not kept:
                 self._cache.done(held)
+
+    def _stood_in(self, held: Held) -> None:
+        context, now_ns = self.context, time.time_ns()
+        self._ring.append(
+            int(ControlKind.USE),
+            layer=held.layer,
+            index=held.expert,
+            format_code=FORMAT_CODES[held.format],
+            start_ns=now_ns,
+            end_ns=now_ns,
+            row_id=self._row_ids.take(),
+            parent=context.step_row,
+            trace_hi=context.trace[0],
+            trace_lo=context.trace[1],
+            reason=self._ring.name(Reason.STAND_IN.value),
+            used=1,
+        )
 
     def _may_stand_in(
         self, index: torch.Tensor, weights: torch.Tensor, block: BlockId, form: Format

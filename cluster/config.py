@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 PROFILES: dict[str, LinkProfile] = {
     "cxl2x8": LinkProfile(bandwidth_bytes_per_s=25_000_000_000, latency_ns=600, emulated=True),
     "cxl-slow": LinkProfile(bandwidth_bytes_per_s=1_000_000_000, latency_ns=2_000, emulated=True),
+    "eth2g5": LinkProfile(bandwidth_bytes_per_s=312_500_000, latency_ns=50_000, emulated=True),
     "roce400": LinkProfile(bandwidth_bytes_per_s=45_000_000_000, latency_ns=3_000, emulated=True),
 }
 """Links that the CXL pool can be given. A pool cannot be faster than this machine's memory."""
+
+
+Floor = Literal["bf16", "fp8", "int8", "nf4", "int4", "int3", "int2"]
 
 
 class RunConfig(BaseModel):
@@ -51,8 +55,11 @@ class RunConfig(BaseModel):
     move: Literal["auto", "weights", "tokens"] = "auto"
     transport: Literal["nixl", "auto", "tcp", "ucx", "storage"] = "nixl"
     reduced_ratio: float = Field(default=0.0, ge=0, le=1)
-    floors: dict[int, Literal["bf16", "int8"]] = Field(default_factory=dict)
-    default_floor: Literal["bf16", "int8"] = "bf16"
+    floors: dict[int, Floor] = Field(default_factory=dict)
+    default_floor: Floor | None = None
+    sensitivity: Path | None = None
+    quality_budget: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    wire: Literal["auto", "bf16"] = "auto"
     device: str = "cpu"
     dashboard_port: int | None = Field(default=None, ge=1, le=65535)
     run_dir: Path | None = None
@@ -60,6 +67,14 @@ class RunConfig(BaseModel):
     record: bool = False
     plan_s: float = Field(default=PLAN_NS / 1e9, ge=0)
     payback_s: float = Field(default=PAYBACK_NS / 1e9, gt=0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the tokens must be those of the unmodified model."""
+        if self.sensitivity is not None:
+            return self.quality_budget == 0
+        floors = (self.default_floor, *self.floors.values())
+        return not self.reduced_ratio or all(floor in {None, "bf16"} for floor in floors)
 
     @classmethod
     def build(cls, **values: object) -> RunConfig:
@@ -81,6 +96,11 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"profile {config.cxl_profile!r} is unknown",
                 remedy=f"choose one of {', '.join(PROFILES)}",
+            )
+        if config.quality_budget and config.sensitivity is None:
+            raise ConfigError(
+                f"a quality budget of {config.quality_budget} nats needs measured sensitivity",
+                remedy="give --sensitivity FILE, made by `hotset calibrate`",
             )
         return config
 

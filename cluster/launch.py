@@ -26,6 +26,7 @@ from hotset.actors.telemetry import TelemetrySpec, Totals
 from hotset.actors.worker import WorkerSpec, remote_classes
 from hotset.blocks.formats import codec
 from hotset.cluster.config import PROFILES, RunConfig, Sizes, new_run_dir, sizes
+from hotset.cluster.quality import planned_formats, read_quality
 from hotset.errors import ClusterError
 from hotset.policies.types import Format, Tier
 from hotset.transport.token import load_token, make_token
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from hotset.actors.quality import QualitySpec
     from hotset.blocks.checkpoint import Catalog
 
 START_S = 180.0
@@ -65,6 +67,7 @@ class Deployment:
     catalog: Catalog
     sizes: Sizes
     emulated: tuple[str, ...]
+    quality: QualitySpec | None = None
     controller: Any = None
     workers: dict[str, Any] = field(default_factory=dict)
     pools: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +91,9 @@ class Deployment:
         config = self.config
         for index in range(config.cxl_pools):
             self._start_pool(f"cxl-{index}", tier=Tier.CXL, node="memory")
+        if self.quality is not None:  # CXL takes the full copies: host memory is for cheap ones
+            for name, pool in self.pools.items():
+                self._wait(pool, name)
         for index in range(config.host_pools):
             node = f"node{index % config.workers}"
             self._start_pool(f"host-{index}", tier=Tier.HOST, node=node)
@@ -212,6 +218,8 @@ class Deployment:
             digest=self.catalog.digest,
             capacity_bytes=capacity,
             reduced_nbytes=_reduced_nbytes(self.catalog),
+            formats=planned_formats(self.quality),
+            packs=tier is Tier.CXL and self.config.wire == "auto",
             telemetry=self._telemetry_for(node),
             device=self.config.device if tier is Tier.HBM else "cpu",
             link=PROFILES[self.config.cxl_profile] if tier is Tier.CXL else None,
@@ -237,6 +245,7 @@ class Deployment:
             numerics=config.numerics,
             move=config.move,
             record=config.record,
+            quality=self.quality,
         )
         variables = {"OMP_NUM_THREADS": str(config.threads)}
         if os.environ.get(cgroup.ENV):
@@ -280,7 +289,9 @@ class Deployment:
             emulated=self.emulated,
             reduced_ratio=config.reduced_ratio,
             floors=dict(config.floors),
-            default_floor=config.default_floor,
+            default_floor=config.default_floor or "",
+            formats=planned_formats(self.quality),
+            quality=self.quality,
             mode=config.mode,
             telemetry=telemetry_name(self.run, "head" if "head" in nodes else nodes[0]),
             plan_ns=int(config.plan_s * 1e9),
@@ -301,12 +312,18 @@ def prepare(config: RunConfig, *, run: str, say: Callable[[str], None]) -> Deplo
     wanted(settings)
     sample_ratio(settings)
     catalog = Catalog.open(config.model)
+    reduced_nbytes = _reduced_nbytes(catalog)
+    size = sizes(config, catalog, reduced_nbytes=reduced_nbytes)
+    quality = read_quality(
+        config, catalog, reduced_nbytes=reduced_nbytes, capacity_bytes=size.hbm_bytes
+    )
     return Deployment(
         run=run,
         run_dir=new_run_dir(config, run),
         config=config,
         catalog=catalog,
-        sizes=sizes(config, catalog, reduced_nbytes=_reduced_nbytes(catalog)),
+        sizes=size,
+        quality=quality,
         emulated=_emulated(config),
         say=say,
     )

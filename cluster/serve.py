@@ -326,6 +326,8 @@ def _report(  # noqa: PLR0913 - the parts of one run
         for index, one in enumerate(served)
         if one.replays
     ]
+    if not deployment.config.exact:
+        notes.append("formats may lose precision inside the quality budget, so tokens may differ")
     return RunReport(
         text="\n".join(tokenizer.decode(one.tokens) for one in served),
         tokens=tokens,

@@ -83,6 +83,7 @@ class Reason(StrEnum):
     VETO_DRIFT = "veto_drift"  # refused: the live check measured more than the quality budget
     REPAIR = "repair"  # back to full precision: the measured drift is over the budget
     CHECK = "check"  # the live check computes a step again at full precision
+    STAND_IN = "stand_in"  # a cheap copy was used while the full one was on its way
 
 
 @dataclass(frozen=True, slots=True, order=True)
