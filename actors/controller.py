@@ -55,6 +55,7 @@ class Controller:
         self._counted: dict[tuple[str, str], int] = {}
         self._telemetry: ray.actor.ActorHandle | None = None
         self._publish_at = 0.0
+        self._raised: set[str] = set()
         self._planner = Planner()
         self._core.may_plan = self._planner.ready
 
@@ -144,6 +145,9 @@ class Controller:
         if imbalance is not None:
             self._metrics[names.IMBALANCE.name].set(imbalance)
         raised = {alert.kind for alert in alerts}
+        for kind in sorted(raised - self._raised):
+            self._alarm(kind)
+        self._raised = raised
         for kind in watch.KINDS:
             self._metrics[names.ALERT.name].set(int(kind in raised), tags={"alert": kind})
         self._ship()
@@ -154,6 +158,12 @@ class Controller:
             if fresh:
                 self._metrics[metric.name].inc(fresh, tags={"reason": reason})
                 self._counted[metric.name, reason] = total
+
+    def _alarm(self, kind: str) -> None:
+        """Let all nodes' telemetry keep the seconds before an alert; never waits."""
+        name = self._core.spec.telemetry
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # it is away: no dump
+            ray.get_actor(name, namespace=NAMESPACE).alarm.remote(f"alert_{kind}")
 
     def _ship(self) -> ray.ObjectRef | None:
         """Send new rows to telemetry and never wait; what cannot be sent counts as dropped."""

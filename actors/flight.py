@@ -5,9 +5,9 @@ while it is whole; the recorder keeps them where a collector is sampled or the f
 off, and a dump is small enough to mail.
 
 An anomaly: a transfer, step or dispatch that did not end well, a wait of at least `stall_ns`, rows
-that a ring lost, or an alert that was raised elsewhere (`alarm`). Invariants: what is kept is
-bounded in time and in bytes; at most one dump in `pause_ns` and `most_dumps` a run, further
-anomalies are counted as `passed_over`.
+that a ring lost, or an alert of the progress watchdog (`alarm`). Invariants: what is kept, and so
+each dump, is bounded in time and in bytes; at most one dump in `pause_ns`, and `most_dumps` a run
+and node, also when the process was restarted meanwhile; further anomalies count as `passed_over`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 KEEP_NS: Final = 10_000_000_000
 STALL_NS: Final = 1_000_000_000
-_MOST_BYTES: Final = 64 << 20
+MOST_BYTES: Final = 16 << 20
+"""Of rows: 13 s of 10,000 a second. A dump spells each of its 128 bytes in about 600."""
 
 
 class FlightRecorder:
@@ -45,24 +46,26 @@ class FlightRecorder:
         stall_ns: int = STALL_NS,
         pause_ns: int = 60_000_000_000,
         most_dumps: int = 10,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         """Nothing is written before the first anomaly."""
         self._folder = folder
         self._node, self._run, self._emulated = node, run, tuple(emulated)
         self._keep_ns, self._stall_ns = keep_ns, stall_ns
-        self._pause_ns, self._most_dumps = pause_ns, most_dumps
+        self._pause_ns, self._most_dumps, self._most_bytes = pause_ns, most_dumps, most_bytes
         self._recent: deque[tuple[int, RowBatch]] = deque()
         self._nbytes = 0
         self._last_ns: int | None = None
-        self.dumps: list[Path] = []
+        self.dumps = sorted(folder.glob(f"flight-{node}-*.jsonl"))  # of a predecessor
         self.passed_over = 0
 
     def take(self, batch: RowBatch, *, now_ns: int) -> Path | None:
         """Remember a batch; the dump's path when it holds an anomaly and a dump is due."""
-        self._recent.append((now_ns, batch))
-        self._nbytes += len(batch.rows)
+        if batch.rows or batch.dropped:
+            self._recent.append((now_ns, batch))
+            self._nbytes += len(batch.rows)
         while self._recent and (
-            self._recent[0][0] < now_ns - self._keep_ns or self._nbytes > _MOST_BYTES
+            self._recent[0][0] < now_ns - self._keep_ns or self._nbytes > self._most_bytes
         ):
             self._nbytes -= len(self._recent.popleft()[1].rows)
         why = anomaly(batch, stall_ns=self._stall_ns)

@@ -42,7 +42,7 @@ class TelemetrySpec(msgspec.Struct, frozen=True, kw_only=True):
     """What a telemetry actor is told at birth.
 
     `settings` are the driver's `OTEL_*` variables; `controller` names the actor whose clock counts,
-    empty for none.
+    empty for none; `others` are the telemetry actors of the run's other nodes.
     """
 
     run: str
@@ -50,6 +50,7 @@ class TelemetrySpec(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     emulated: tuple[str, ...] = ()
     controller: str = ""
+    others: tuple[str, ...] = ()
     settings: dict[str, str] = msgspec.field(default_factory=dict)
 
 
@@ -65,6 +66,7 @@ class Totals(msgspec.Struct, kw_only=True):
     dropped: int = 0
     exported: int = 0
     export_dropped: int = 0
+    flight_dumps: int = 0
     peak_rss_bytes: dict[str, int] = msgspec.field(default_factory=dict)
 
 
@@ -125,11 +127,20 @@ class Telemetry:
             self._count(names.TELEMETRY_SPANS, written, labels)
             self._count(names.TELEMETRY_DROPPED, self._writer.dropped - before, labels)
 
+    def alarm(self, why: str, *, pass_on: bool = True) -> None:
+        """Something is wrong: dump the last seconds, here and (`pass_on`) at the other nodes."""
+        self._flight.alarm(why, now_ns=time.time_ns())
+        for name in self._spec.others if pass_on else ():
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):  # it is away: no dump
+                other = ray.get_actor(name, namespace=NAMESPACE)
+                other.alarm.remote(why, pass_on=False)
+
     def totals(self) -> bytes:
         """MessagePack of `Totals`."""
         with self._lock:
             self._totals.spans = self._writer.written
             self._totals.dropped = self._writer.dropped
+            self._totals.flight_dumps = len(self._flight.dumps)
             self._count_exports()
             return msgspec.msgpack.encode(self._totals)
 

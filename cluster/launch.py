@@ -197,6 +197,7 @@ class Deployment:
         spec = TelemetrySpec(
             run=self.run, run_dir=str(self.run_dir), node=node, emulated=self.emulated,
             controller=controller_name(self.run),
+            others=tuple(telemetry_name(self.run, one) for one in self.nodes if one != node),
             settings=_settings(),
         )  # fmt: skip
         self.telemetry[node] = remote_classes()["telemetry"].options(

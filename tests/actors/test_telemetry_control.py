@@ -348,6 +348,19 @@ def test_the_flight_recorder_dumps_the_last_seconds(tmp_path: Path) -> None:
     assert recorder.take(stalled, now_ns=95 * S) is not None
     assert recorder.alarm("watchdog", now_ns=500 * S) is None, "a bounded number of dumps"
     assert (len(recorder.dumps), recorder.passed_over) == (2, 2)
+    after = FlightRecorder(tmp_path, node="n0", run="r1", most_dumps=2)
+    assert after.take(stalled, now_ns=900 * S) is None, "also over a restart"
+
+
+def test_a_dump_is_bounded_in_size_by_leaving_out_the_oldest(tmp_path: Path) -> None:
+    recorder = FlightRecorder(tmp_path, node="n0", run="r1", most_bytes=50 * ROW.itemsize)
+    for number in range(20):
+        recorder.take(calm(8, 1 + 8 * number), now_ns=S)
+    path = recorder.alarm("alert_epoch", now_ns=S)
+    assert path is not None
+    assert path.name == f"flight-n0-{S}-alert_epoch.jsonl"
+    kept = [int(span["spanId"], 16) for span in spans_in(path)]
+    assert kept == [*range(1 + 8 * 14, 1 + 8 * 20)], "whole batches, the latest"
 
 
 @pytest.mark.parametrize(
