@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HERE = frozenset({State.FULL, State.REDUCED, State.COMPRESSED})
+_AWAY = frozenset(State) - _HERE - {State.IN_FLIGHT}
 _WHOLE = frozenset({Format.BF16, Format.BF16Z})
 _KEPT = {State.REDUCED: StateEvent.KEPT_REDUCED, State.COMPRESSED: StateEvent.KEPT_COMPRESSED}
 
@@ -312,11 +313,14 @@ class DeviceTable:
         coming = sum(self.nbytes(form) for form in self._coming if form is not None)
         assert self.used_bytes == landed + coming, (self.used_bytes, landed, coming)  # noqa: S101 - our own bugs
         assert self.used_bytes <= self.capacity_bytes  # noqa: S101 - our own bugs
-        for flat, state in enumerate(self._state):
-            form, coming_form = self._format[flat], self._coming[flat]
+        finite = np.isfinite(self._rank).tolist()
+        rows = zip(self._state, self._format, self._coming, self._pins, finite, strict=True)
+        for flat, (state, form, coming_form, pins, ranked) in enumerate(rows):
+            if form is None and coming_form is None and state in _AWAY and not (pins or ranked):
+                continue
             assert (state is State.IN_FLIGHT) == (coming_form is not None), flat  # noqa: S101 - our own bugs
             if coming_form is None:
                 assert (state in _HERE) == (form is not None), flat  # noqa: S101 - our own bugs
-            assert form is not None or not self._pins[flat], flat  # noqa: S101 - our own bugs
-            evictable = form is not None and not self._pins[flat] and coming_form is None
-            assert bool(np.isfinite(self._rank[flat])) == evictable, flat  # noqa: S101 - our own bugs
+            assert form is not None or not pins, flat  # noqa: S101 - our own bugs
+            evictable = form is not None and not pins and coming_form is None
+            assert ranked == evictable, flat  # noqa: S101 - our own bugs

@@ -76,6 +76,14 @@ class Directory:
         """Copies of a block, in the order in which they were listed."""
         return tuple(self._by_block.get(block, {}).values())
 
+    def has(self, block: BlockId) -> bool:
+        """Whether any copy of the block is listed."""
+        return bool(self._by_block.get(block))
+
+    def blocks(self) -> int:
+        """Return how many blocks have a listed copy."""
+        return sum(1 for copies in self._by_block.values() if copies)
+
     def of_store(self, store: str) -> tuple[Copy, ...]:
         """Copies in a store, in the order in which they were listed."""
         return tuple(self._by_store.get(store, {}).values())

@@ -169,14 +169,14 @@ class ClusterLedger:
         book = self._books.get(store)
         if book is None:
             return {**counts, State.STORED: len(self.blocks)}
-        listed = {copy.block for copy in self._directory}
-        counts[State.STAGED] = len(listed)
-        counts[State.STORED] = len(self.blocks) - len(listed)
+        listed = self._directory.blocks()
+        counts[State.STAGED] = listed
+        counts[State.STORED] = len(self.blocks) - listed
         here = {copy.block for copy in self._directory.of_store(store)}
         moving = {self.blocks[flat].block for flat, _ in book.pending} - here
         for block in sorted(here | moving):
             counts[self.state(block, store)] += 1
-            counts[State.STAGED if block in listed else State.STORED] -= 1
+            counts[State.STAGED if self._directory.has(block) else State.STORED] -= 1
         return counts
 
     def popularity(self) -> NDArray[np.float64]:
