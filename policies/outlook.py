@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import median_high as median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from hotset.policies.config import PolicyConfig
 
 _PERMILLE = 1000
+_RATES = 5
+"""Reports of a link that are remembered."""
 _LEAST_BUSY_NS = 1_000_000
 """Less than this on a link says nothing about its bandwidth."""
 
@@ -58,7 +61,7 @@ class _Said:
     load: Concurrency | None = None
     load_before_ns: int = 0
     pressure: Pressure | None = None
-    links: dict[str, LinkSpec] = field(default_factory=dict)
+    rates: dict[str, tuple[int, ...]] = field(default_factory=dict)  # the newest, by source
 
 
 class Outlook:
@@ -91,10 +94,9 @@ class Outlook:
                     said.pressure = event
                     for link in event.links:
                         if link.busy_ns >= _LEAST_BUSY_NS and link.nbytes > 0:
-                            rate = link.nbytes * 1_000_000_000 // link.busy_ns
-                            said.links[link.source] = LinkSpec(
-                                bandwidth_bytes_per_s=max(1, rate), latency_ns=0
-                            )
+                            rate = max(1, link.nbytes * 1_000_000_000 // link.busy_ns)
+                            before = said.rates.get(link.source, ())
+                            said.rates[link.source] = (*before[1 - _RATES :], rate)
 
     def routed(self, uses: int, *, tokens: int) -> None:
         """Blocks used by so many tokens, all layers together: how many a token uses."""
@@ -227,9 +229,17 @@ class Outlook:
         return report.used_bytes if report and self._fresh(report.now_ns, now_ns) else 0
 
     def link(self, source: str, tier: Tier) -> LinkSpec:
-        """What reading from this store costs: the slowest that readers have measured."""
-        found = [said.links[source] for said in self._said.values() if source in said.links]
-        return min(found, key=lambda spec: spec.bandwidth_bytes_per_s, default=GUESSES[tier])
+        """What reading from this store costs: the slowest that readers have measured.
+
+        Each reader counts with the median of its last reports, so that a pause of its process does
+        not pass for a slow link.
+        """
+        rates = [
+            int(median(said.rates[source])) for said in self._said.values() if source in said.rates
+        ]
+        if not rates:
+            return GUESSES[tier]
+        return LinkSpec(bandwidth_bytes_per_s=min(rates), latency_ns=0)
 
     def _fresh(self, at_ns: int, now_ns: int) -> bool:
         return now_ns - at_ns <= self._config.telemetry_ttl_ns

@@ -45,7 +45,7 @@ class Verdict:
     horizon_steps: int
 
 
-def worth_it(  # noqa: PLR0913 - one argument for each term of the comparison
+def worth_it(  # noqa: PLR0913 - an argument for each term of the comparison
     placement: Placement,
     current: Any,
     *,
@@ -53,15 +53,18 @@ def worth_it(  # noqa: PLR0913 - one argument for each term of the comparison
     link_model: LinkModel,
     horizon_steps: int = HORIZON_STEPS,
     balanced_ratio: float = 1.0,
+    extra_ns_per_step: int = 0,
 ) -> Verdict:
     """Compare the plan with `current` under the load that the plan was made for.
 
     `step_time_ns` is the time of a step now, `balanced_ratio` the part of it that expert compute
-    takes. The move ends when the busiest link has carried its bytes; devices and nodes receive and
-    send at once. Raises ValueError that names the argument.
+    takes, `extra_ns_per_step` what the plan costs in every step (copies that had to make room).
+    The move ends when the busiest link has carried its bytes; devices and nodes receive and send at
+    once. Raises ValueError that names the argument.
     """
     whole(step_time_ns, name="step_time_ns")
     whole(horizon_steps, name="horizon_steps")
+    whole(extra_ns_per_step, name="extra_ns_per_step", least=0)
     ratio(balanced_ratio, name="balanced_ratio", most=1.0)
     ratio(link_model.visible_ratio, name="link_model.visible_ratio", most=1.0)
     if link_model.device_bytes_per_s <= 0 or link_model.node_bytes_per_s <= 0:
@@ -81,7 +84,7 @@ def worth_it(  # noqa: PLR0913 - one argument for each term of the comparison
         for name, where, part in (("old", old, shares), ("new", slots, placement.shares))
     }
     compute_ns = step_time_ns * balanced_ratio
-    saved = compute_ns * (1.0 - times["new"] / times["old"])
+    saved = compute_ns * (1.0 - times["new"] / times["old"]) - extra_ns_per_step
     move_ns = _move_ns(placement, old, link_model)
     visible = move_ns * link_model.visible_ratio
     even = int(np.ceil(visible / saved)) if saved > 0 else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,6 @@ from hotset.policies.place_score import even_shares, replica_counts
 from hotset.policies.place_worth import LinkModel, worth_it
 from hotset.policies.replicas import (
     Grid,
-    Promise,
     Survey,
     balancedness,
     fill_slots,
@@ -57,11 +56,20 @@ if TYPE_CHECKING:
     from hotset.policies.guard import Guardrail
     from hotset.policies.place_types import Floats, Ints
     from hotset.policies.place_worth import Verdict
-    from hotset.policies.replicas import Bools, Proposal
+    from hotset.policies.replicas import Bools, Option, Promise, Proposal
     from hotset.policies.types import BlockId, BlockInfo
 
 _PPM = 1_000_000
 _PERMILLE = 1000
+_LEAST_TOKENS = 16
+"""A plan looks at one part in this many of popularity's half-life at least, else at noise."""
+
+
+class Pace(NamedTuple):
+    """Time of experts in a forward pass, and passes within which a move must pay."""
+
+    expert_ns: int
+    horizon_steps: int
 
 
 class Replanning(Orders):
@@ -102,79 +110,82 @@ class Replanning(Orders):
         """Look for a better plan; put it in force, or say why not."""
         workers = [book for book in self._books.values() if book.worker and not book.draining]
         workers.sort(key=lambda book: (book.info.node, book.info.name))
-        if len(workers) < 2 or not self._origins.fresh_tokens or _moving(workers):
+        few = self.config.popularity_half_life_tokens // _LEAST_TOKENS
+        if len(workers) < 2 or self._origins.fresh_tokens <= few or _moving(workers):
             return
         self._origins.fold()
-        expert_ns = self._expert_ns()
-        horizon = self._horizon_steps()
-        if not expert_ns or not horizon:
+        pace = Pace(self._expert_ns(), self._horizon_steps())
+        if not all(pace):
             return
         proposal = propose(self._survey(workers), self._grid)
         if proposal is not None:
-            self._judge(proposal, workers, expert_ns=expert_ns, horizon_steps=horizon)
+            self._judge(proposal, workers, pace)
 
-    def _judge(
-        self, proposal: Proposal, workers: list[StoreBook], *, expert_ns: int, horizon_steps: int
-    ) -> None:
-        before = balancedness(proposal.now)
-        shared = balancedness(proposal.shared)
-        moved = balancedness(proposal.moved)
+    def _judge(self, proposal: Proposal, workers: list[StoreBook], pace: Pace) -> None:
+        shares, *copies = proposal.options
+        before, shared = balancedness(proposal.now.load), balancedness(shares.load)
         cause = f"replan {self._now_ns}"
-        nbytes = sum(int(self._sizes.full[flat]) for _, flat in proposal.adds)
+        gain = self.config.plan_gain
+        judged = [
+            (self._worth(option, shares, workers, pace), option)
+            for option in copies
+            if balancedness(option.load) - shared >= gain
+        ]
+        worth, best = max(judged, key=lambda one: _net_ns(one[0]), default=(None, shares))
+        pays = worth is not None and worth.pays
+        if worth is not None and not pays:
+            self._tell(best, worth, reason=Reason.VETO_COST, cause=cause, before=before, pace=pace)
+            worth, best = None, shares
+        if pays or shared - before >= gain:
+            self._enforce(best, proposal.released, workers, cause=cause)
+            self._tell(best, worth, reason=Reason.REBALANCE, cause=cause, before=before, pace=pace)
+        elif not judged:
+            self._tell(best, None, reason=Reason.BALANCED, cause=cause, before=before, pace=pace)
 
-        def tell(reason: Reason, after: float, *, verdict: Verdict | None, moves: int) -> None:
-            self._out.append(
-                PlanDecision(
-                    epoch=self.epoch,
-                    cause=cause,
-                    reason=reason,
-                    before_ppm=round(before * _PPM),
-                    after_ppm=round(after * _PPM),
-                    moves=moves,
-                    nbytes=nbytes if moves else 0,
-                    saved_ns_per_step=verdict.saved_ns_per_step if verdict else 0,
-                    move_ns=verdict.move_ns if verdict else 0,
-                    horizon_steps=horizon_steps,
-                )
+    def _tell(  # noqa: PLR0913 - the parts of a report, by keyword
+        self,
+        option: Option,
+        worth: Verdict | None,
+        *,
+        reason: Reason,
+        cause: str,
+        before: float,
+        pace: Pace,
+    ) -> None:
+        self._out.append(
+            PlanDecision(
+                epoch=self.epoch,
+                cause=cause,
+                reason=reason,
+                before_ppm=round(before * _PPM),
+                after_ppm=round(balancedness(option.load) * _PPM),
+                moves=len(option.adds),
+                nbytes=sum(int(self._sizes.full[flat]) for _, flat in option.adds),
+                saved_ns_per_step=worth.saved_ns_per_step if worth else 0,
+                move_ns=worth.move_ns if worth else 0,
+                horizon_steps=pace.horizon_steps,
             )
-
-        if proposal.adds and moved - shared >= self.config.plan_gain:
-            verdict = self._worth(proposal, workers, expert_ns=expert_ns, steps=horizon_steps)
-            moves = len(proposal.adds)
-            if verdict.pays:
-                self._enforce(proposal, workers, adds=proposal.adds, cause=cause)
-                tell(Reason.REBALANCE, moved, verdict=verdict, moves=moves)
-                return
-            tell(Reason.VETO_COST, moved, verdict=verdict, moves=moves)
-        if shared - before >= self.config.plan_gain:
-            self._enforce(proposal, workers, adds=(), cause=cause)
-            tell(Reason.REBALANCE, shared, verdict=None, moves=0)
-        elif not any(isinstance(one, PlanDecision) for one in self._out):
-            tell(Reason.BALANCED, max(before, shared, moved), verdict=None, moves=0)
+        )
 
     def _enforce(
         self,
-        proposal: Proposal,
+        option: Option,
+        released: Sequence[Promise],
         workers: list[StoreBook],
         *,
-        adds: Sequence[Promise],
         cause: str,
     ) -> None:
         """Publish the plan, and ask for its copies."""
         self.epoch += 1
         self.plan_epoch = self.epoch
         self._out.append(PublishEpoch(epoch=self.epoch, cause=cause, reason=Reason.REBALANCE))
-        for worker, flat in proposal.released:
+        for worker, flat in released:
             workers[worker].kept.discard(flat)
-        held = self._grid.table(np.stack([book.full for book in workers]))
-        for worker, flat in adds:
-            held[worker, self._grid.row[flat], self._grid.column[flat]] = True
-        split = proposal.moved_split if adds else proposal.shared_split
         self._shares = {
             flat: {workers[at].info.name: permille for at, permille in parts.items()}
-            for flat, parts in shares_of(split, held, self._grid).items()
+            for flat, parts in shares_of(option.split, option.held, self._grid).items()
         }
-        for worker, flat in adds:
+        for worker, flat in option.adds:
             workers[worker].kept.add(flat)
             wish = Wish(flat, Format.BF16, Reason.REPLICATE, cause)
             self._ask_kept(workers[worker], wish)
@@ -193,6 +204,7 @@ class Replanning(Orders):
             origin=self._origins.of(names),
             shares=self._shares,
             nbytes=self._sizes.full,
+            free_bytes=np.array([_free(book) for book in workers], dtype=np.int64),
             room_bytes=np.array([self._room(book) for book in workers], dtype=np.int64),
             batch_bytes=self.config.background_bytes_in_flight,
         )
@@ -222,47 +234,47 @@ class Replanning(Orders):
         return rate * self.config.payback_ns // (1_000_000_000 * _PERMILLE)
 
     def _worth(
-        self, proposal: Proposal, workers: list[StoreBook], *, expert_ns: int, steps: int
+        self, option: Option, shares: Option, workers: list[StoreBook], pace: Pace
     ) -> Verdict:
-        """Compare the new copies with the best shares of those that are there."""
-        held = self._grid.table(np.stack([book.full for book in workers]))
-        more = held.copy()
-        for worker, flat in proposal.adds:
-            more[worker, self._grid.row[flat], self._grid.column[flat]] = True
-        slots = fill_slots(more, spare=0)
-        old = slots.copy()
-        width = slots.shape[1] // len(workers)
-        for worker, flat in proposal.adds:
-            row, column = self._grid.row[flat], self._grid.column[flat]
-            mine = slice(worker * width, (worker + 1) * width)
-            old[row, mine][slots[row, mine] == column] = -1
-        load = proposal.now.sum(axis=0)
-        experts = load.shape[1]
+        """Compare new copies with the best shares of those that are there.
+
+        Copies that have to make room for them are fetched again wherever they are needed.
+        """
+        fetched = ~(option.held.any(axis=0) & shares.held.any(axis=0))
+        there = [one.held | fetched for one in (option, shares)]  # as if every worker had them
+        slots = fill_slots(there[0] | there[1], spare=0)
+        new, old = (_only(slots, held) for held in there)
+        load = shares.load.sum(axis=0)
         placement = finish(
-            slots,
+            new,
             load[None],
             cluster=check_cluster(
                 num_devices=len(workers), num_slots=slots.shape[1], num_nodes=1,
-                capacity=None, speed=None, num_experts=experts,
+                capacity=None, speed=None, num_experts=load.shape[1],
             ),
             sizes=np.maximum(self._grid.table(self._sizes.full), 1).astype(np.float64),
             current=old,
         )  # fmt: skip
+        link = self._links(option, workers)
+        fetch_ns = link.start_ns + int(self._sizes.full.max() / link.device_bytes_per_s * 1e9)
+        more = max(0.0, option.fetched_ratio - shares.fetched_ratio)
+        tokens = self._outlook.tokens_per_step(self._now_ns) / _PERMILLE
+        uses = tokens * self._outlook.uses_per_token / _PERMILLE
         return worth_it(
-            replace(placement, shares=slot_shares(slots, proposal.moved, load)),
+            replace(placement, shares=slot_shares(new, option.load, load)),
             SimpleNamespace(
-                physical_to_logical_map=old, shares=slot_shares(old, proposal.shared, load)
+                physical_to_logical_map=old, shares=slot_shares(old, shares.load, load)
             ),
-            step_time_ns=max(1, expert_ns),
-            link_model=self._links(proposal, workers),
-            horizon_steps=steps,
-            balanced_ratio=proposal.covered_ratio,
+            step_time_ns=pace.expert_ns,
+            link_model=link,
+            horizon_steps=pace.horizon_steps,
+            extra_ns_per_step=int(more * uses * fetch_ns),
         )
 
-    def _links(self, proposal: Proposal, workers: list[StoreBook]) -> LinkModel:
+    def _links(self, option: Option, workers: list[StoreBook]) -> LinkModel:
         """The slowest link that the copies would come over, as readers have measured it."""
         specs = [GUESSES[Tier.HBM]]
-        for worker, flat in proposal.adds:
+        for worker, flat in option.adds:
             book = workers[worker]
             source = self._sources(self.blocks[flat].block, book, Format.BF16)[0]
             tier = Tier.STORAGE if source == STORAGE else self._books[source].info.tier
@@ -273,6 +285,27 @@ class Replanning(Orders):
             node_bytes_per_s=slowest,
             start_ns=max(spec.latency_ns for spec in specs),
         )
+
+
+def _only(slots: Ints, held: Bools) -> Ints:
+    """The slots of what is held, [L, P]; the others empty."""
+    width = slots.shape[1] // held.shape[0]
+    layer, slot = np.nonzero(slots >= 0)
+    kept = held[slot // width, layer, slots[layer, slot]]
+    found = np.full_like(slots, -1)
+    found[layer[kept], slot[kept]] = slots[layer[kept], slot[kept]]
+    return found
+
+
+def _net_ns(verdict: Verdict) -> int:
+    """Time that a plan saves within the horizon, less what moving takes."""
+    return verdict.saved_ns_per_step * verdict.horizon_steps - verdict.move_ns
+
+
+def _free(book: StoreBook) -> int:
+    """Bytes of a worker that nothing occupies or claims."""
+    taken = book.used_bytes + book.pending_bytes + book.unknown_bytes
+    return max(0, book.info.capacity_bytes - taken)
 
 
 def slot_shares(slots: Ints, loads: Floats, load: Floats) -> Floats:

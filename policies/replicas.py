@@ -8,8 +8,9 @@ a proposal is as legal as the whole.
 
 Tokens of a worker that holds the expert itself are computed there. The others' go to the holders by
 shares, set so that a holder's total comes as near as can be to its part of the best split
-(`shares.best_shares`). Experts that no worker holds are fetched by whoever needs them: they load
-nobody in particular and are left out.
+(`shares.best_shares`). Experts that no worker holds are fetched, and computed, by whoever needs
+them. A worker that is full gives up what its own requests use least for each new copy, so a larger
+plan may be the worse one: several prefixes of it are judged.
 
 Shapes: D workers, B blocks in flat order, L layers, E experts, P = D * width slots.
 Invariants: at most `keep_ratio` of a worker's memory is promised; equal inputs, equal proposals.
@@ -79,6 +80,7 @@ class Survey:
     shares: Mapping[int, Mapping[str, int]]  # in force, by flat block
     nbytes: Ints  # [B] of a slot
     room_bytes: Ints  # [D] that may still be promised
+    free_bytes: Ints  # [D] that nothing occupies
     batch_bytes: int  # most bytes of new copies at one worker
 
 
@@ -89,22 +91,27 @@ class Promise(NamedTuple):
     flat: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proposal:
-    """Two ways on: shares alone, which move nothing, and shares with new copies.
+class Option(NamedTuple):
+    """A plan: its new copies, and what follows from them.
 
-    Loads are [D, L, E] tokens by where they would be computed; `split` [D, L, E] is the part of
-    the tokens from elsewhere that each holder gets.
+    `held` [D, L, E] is what will be there, `load` [D, L, E] the tokens by where they are computed,
+    `split` [D, L, E] the part of the tokens from elsewhere that each holder gets. `fetched_ratio`
+    is the part of all tokens whose expert nobody holds.
     """
 
     adds: tuple[Promise, ...]
+    held: Bools
+    split: Floats
+    load: Floats
+    fetched_ratio: float
+
+
+class Proposal(NamedTuple):
+    """What there is to choose from. `options` begin with shares alone, which move nothing."""
+
+    now: Option
+    options: tuple[Option, ...]
     released: tuple[Promise, ...]
-    now: Floats
-    shared: Floats
-    moved: Floats
-    shared_split: Floats
-    moved_split: Floats
-    covered_ratio: float  # part of all tokens whose expert some worker holds
 
 
 def balancedness(load: Floats) -> float:
@@ -138,21 +145,47 @@ def propose(survey: Survey, grid: Grid) -> Proposal | None:
     released = _released(survey, grid, planned=planned, load=load)
     wanted = planned & ~held & held.any(axis=0)
     adds = _affordable(survey, grid, wanted=wanted, load=load, released=released)
-    more = held.copy()
+    split = _split_in_force(survey, grid, held)
+    now = Option((), held, split, *_served(held, origin, split))
+    prefixes: list[tuple[Promise, ...]] = [()]
+    most = len(adds)
+    while most:
+        prefixes.append(adds[:most])
+        most //= 2
+    options = tuple(_option(survey, grid, some, held, origin) for some in prefixes)
+    return Proposal(now, options, released)
+
+
+def _option(
+    survey: Survey, grid: Grid, adds: tuple[Promise, ...], held: Bools, origin: Floats
+) -> Option:
+    there = _making_room(survey, grid, adds, held)
     for worker, flat in adds:
-        more[worker, grid.row[flat], grid.column[flat]] = True
-    shared_split = split_tokens(held, origin, load=load)
-    moved_split = split_tokens(more, origin, load=load) if adds else shared_split
-    return Proposal(
-        adds=adds,
-        released=released,
-        now=loads(held, origin, _split_in_force(survey, grid, held)),
-        shared=loads(held, origin, shared_split),
-        moved=loads(more, origin, moved_split),
-        shared_split=shared_split,
-        moved_split=moved_split,
-        covered_ratio=float(load.sum() / total.sum()),
-    )
+        there[worker, grid.row[flat], grid.column[flat]] = True
+    load = np.where(there.any(axis=0), origin.sum(axis=0), 0.0)
+    split = split_tokens(there, origin, load=load)
+    return Option(adds, there, split, *_served(there, origin, split))
+
+
+def _served(held: Bools, origin: Floats, split: Floats) -> tuple[Floats, float]:
+    fetched = origin * np.logical_not(held.any(axis=0))
+    return loads(held, origin, split) + fetched, float(fetched.sum() / origin.sum())
+
+
+def _making_room(survey: Survey, grid: Grid, adds: tuple[Promise, ...], held: Bools) -> Bools:
+    """What is left of the copies once full workers have given up what they use least themselves."""
+    left = held.copy()
+    free = survey.free_bytes.copy()
+    for worker in sorted({worker for worker, _ in adds}):
+        free[worker] -= sum(int(survey.nbytes[flat]) for at, flat in adds if at == worker)
+        spare = np.flatnonzero(survey.held[worker] & ~survey.kept[worker])
+        spare = spare[np.argsort(survey.origin[worker, spare], kind="stable")]
+        for flat in spare.tolist():
+            if free[worker] >= 0:
+                break
+            free[worker] += survey.nbytes[flat]
+            left[worker, grid.row[flat], grid.column[flat]] = False
+    return left
 
 
 def warm() -> None:
