@@ -291,6 +291,7 @@ class ControlCore:
             "vetoes": dict(self._vetoes),
             "emulated": list(self.spec.emulated),
             "mode": self.spec.mode,
+            "quality": self._brain.guard.describe(),
             "alerts": [a.text for a in (self.alerts() if alerts is None else alerts)],
         }
 
@@ -307,6 +308,10 @@ class ControlCore:
             },
         )
         return watch.alerts(progress, bounds=watch.Bounds())
+
+    def drift(self) -> dict[str, float]:
+        """Nats a token by kind, as the metric shows them; empty without a sensitivity file."""
+        return self._brain.guard.figures()
 
     def why(self, block: BlockId) -> tuple[tuple[StoryLine, ...], tuple[Copy, ...]]:
         """Story and listed copies of a block."""

@@ -49,6 +49,7 @@ class Controller:
         shown = (
             names.EPOCH_NUMBER, names.EPOCH_AGE, names.BLOCKS, names.VETOES, names.DECISIONS,
             names.IMBALANCE, names.PLANS, names.PLAN_MOVES, names.PLAN_BALANCE, names.ALERT,
+            names.DRIFT,
         )  # fmt: skip
         run = self._core.spec.run
         self._metrics = {metric.name: make_metric(metric, run=run) for metric in shown}
@@ -141,6 +142,8 @@ class Controller:
         if plan is not None:
             for when, ppm in (("before", plan.before_ppm), ("after", plan.after_ppm)):
                 self._metrics[names.PLAN_BALANCE.name].set(ppm / 1e6, tags={"when": when})
+        for kind, nats in self._core.drift().items():
+            self._metrics[names.DRIFT.name].set(nats, tags={"kind": kind})
         imbalance = self._core.log.imbalance()
         if imbalance is not None:
             self._metrics[names.IMBALANCE.name].set(imbalance)

@@ -403,6 +403,13 @@ PLAN_BALANCE = Metric(
     labels=("run", "when"),
     meaning="mean by largest load of a worker, mean over layers, before and after the last plan",
 )
+DRIFT = Metric(
+    name="hotset_drift_nats",
+    kind="gauge",
+    unit="nats",
+    labels=("run", "kind"),
+    meaning="divergence a token: budget, by the table, measured by the live check, its upper bound",
+)
 OLDEST_TRANSFER = Metric(
     name="hotset_oldest_transfer_seconds",
     kind="gauge",
@@ -436,5 +443,5 @@ METRICS = (
     STALL_SECONDS, DISPATCHED_BYTES, EXPERT_HITS, EXPERT_QUERIES, RESIDENT_BYTES, CAPACITY_BYTES,
     EPOCH_NUMBER, EPOCH_AGE, BLOCKS, TOKENS_SERVED, TELEMETRY_DROPPED, TELEMETRY_SPANS, VETOES,
     QUARANTINED_BYTES, DECISIONS, IMBALANCE, PLANS, PLAN_MOVES,
-    PLAN_BALANCE, OLDEST_TRANSFER, ALERT, SPANS_EXPORTED, EXPORT_DROPPED,
+    PLAN_BALANCE, DRIFT, OLDEST_TRANSFER, ALERT, SPANS_EXPORTED, EXPORT_DROPPED,
 )  # fmt: skip

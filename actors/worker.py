@@ -358,6 +358,11 @@ class GPUWorker:
         return True
 
     @ray.method(concurrency_group="ctl")
+    def live_checked(self) -> int:
+        """Tokens that were computed again at full precision."""
+        return self._canary.pairs if self._canary is not None else 0
+
+    @ray.method(concurrency_group="ctl")
     def trace(self, *, on: bool) -> None:
         """Write rows, or do not: to measure what they cost."""
         self._parts.ring.switch(on=on)

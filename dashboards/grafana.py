@@ -150,6 +150,10 @@ def panels() -> tuple[Panel, ...]:
             targets=((_or_zero(total(n.PLAN_BALANCE, by="when")), "{{when}}"),),
         ),
         Panel(
+            title="Drift against the quality budget", about=n.DRIFT.meaning, unit="none",
+            targets=((_or_zero(total(n.DRIFT, by="kind")), "{{kind}}"),),
+        ),
+        Panel(
             title="Epoch and its age", about=n.EPOCH_AGE.meaning, unit="none",
             targets=(
                 (total(n.EPOCH_NUMBER, by="run"), "epoch {{run}}"),

@@ -44,7 +44,8 @@ class Status:
     """The cluster at one moment.
 
     `states` counts blocks by their best state in the cluster (`S1` to `S7`), so that its sum is
-    `blocks`. `vetoes` counts by reason. `alerts` are sentences for the operator.
+    `blocks`. `vetoes` counts by reason. `alerts` are sentences for the operator. `quality` says how
+    drift stands against its budget; empty where nothing may be lost.
     """
 
     run: str
@@ -63,6 +64,7 @@ class Status:
     emulated: tuple[str, ...] = ()
     dropped: int = 0
     mode: str = "active"
+    quality: str = ""
 
     def to_json(self) -> str:
         """One line of JSON with the fields as keys."""
@@ -121,6 +123,7 @@ def _facts(status: Status) -> list[tuple[str, str]]:
         ("requests", f"{status.requests_in_flight:,} in flight, {status.tokens:,} tokens served"),
         ("stall", plain.human_ns(status.stall_ns)),
         ("vetoes", vetoes or "none"),
+        ("quality", status.quality),
         ("telemetry", f"{status.dropped:,} rows dropped"),
     ]
     return [(label, value) for label, value in facts if value]

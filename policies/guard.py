@@ -260,6 +260,36 @@ class Guardrail:
             self._repair(found.repairs)
         return found
 
+    def figures(self) -> dict[str, float]:
+        """Nats a token: the `budget`, what the `table` says, what the live check `measured`.
+
+        Empty without a table; `measured` and its 95 % bound `upper` only once there are pairs.
+        """
+        if self._drift is None or self.check is None:
+            return {}
+        found = {"budget": self._drift.budget.nats, "table": self._drift.nats}
+        verdict = self.check.verdict()
+        if verdict.enough:
+            found |= {"measured": verdict.mean, "upper": verdict.upper}
+        return found
+
+    def describe(self) -> str:
+        """The same in words, and whether demotions are frozen; empty without a table."""
+        if self._drift is None or self.check is None:
+            return ""
+        verdict = self.check.verdict()
+        said = [f"drift {self._drift.nats:.2g} of {self._drift.budget.nats:.2g} nats by the table"]
+        if verdict.pairs:
+            said.append(
+                f"live check {verdict.mean:.2g} (up to {verdict.upper:.2g}) over {verdict.pairs} "
+                f"tokens, {verdict.flip_ratio:.1%} of top choices changed"
+            )
+        if self._repairing:
+            said.append(f"{len(self._repairing)} blocks to repair")
+        if self.check.frozen:
+            said.append(f"demotions FROZEN by the live check: {self.check.said}")
+        return "; ".join(said)
+
     def _repair(self, blocks: Iterable[BlockId]) -> None:
         if self._drift is not None:
             self._drift.repair(blocks := tuple(blocks))

@@ -349,9 +349,8 @@ class Orders(ClusterLedger):
             del book.retry_ns[key]
 
     def _veto(self, book: StoreBook, block: BlockId, form: Format, refusal: Refusal) -> None:
-        self._note(
-            block, f"refused {form.value} at {book.info.name}", refusal.reason, store=book.info.name
-        )
+        what = f"refused {form.value} at {book.info.name}: {refusal.bound}"
+        self._note(block, what, refusal.reason, store=book.info.name)
         self._out.append(
             Veto(
                 epoch=self.epoch,

@@ -306,6 +306,6 @@ def test_names_are_unique_and_metrics_have_bounded_labels() -> None:
     labels = {label for metric in names.METRICS for label in metric.labels}
     assert labels <= {
         "run", "node", "store", "tier", "tier_from", "tier_to", "reason", "code", "state", "alert",
-        "when",
+        "when", "kind",
     }  # fmt: skip
     assert all("run" in metric.labels for metric in names.METRICS)
