@@ -6,6 +6,9 @@ square of (gradient . d) an unbiased sample of d' F d, so one backward pass serv
 all formats (Kunstner et al. 2019 on true and empirical Fisher; per-output use as in K-FAC, Martens
 and Grosse 2015). d of a block is its router weight times the change of the expert's output.
 
+The same pass gives the router-weighted output error of each block, d' d: cheaper to have (it needs
+no gradient), and how well either ranks blocks is measured by `sensitivity_rank`.
+
 Must not know which formats are wanted. Invariants: damages are sums over tokens, never negative;
 cross terms between tokens and between blocks are left out, which is what the check against true KL
 measures; nothing of the model changes.
@@ -45,7 +48,7 @@ class Damage:
     """What a text showed: sums over its tokens, kept apart by window for error bars.
 
     `nats` [W, L, E, F] and `counts` [W, L, E] tokens routed; axes are windows, MoE layers, experts,
-    formats.
+    formats. `router` [L, E, F] is the router-weighted squared output error.
     """
 
     layers: tuple[int, ...]
@@ -53,6 +56,7 @@ class Damage:
     tokens: int
     nats: Floats
     counts: Floats
+    router: Floats
 
     def join(self, other: Damage) -> Damage:
         """Both texts together."""
@@ -62,6 +66,7 @@ class Damage:
             tokens=self.tokens + other.tokens,
             nats=np.concatenate([self.nats, other.nats]),
             counts=np.concatenate([self.counts, other.counts]),
+            router=self.router + other.router,
         )
 
 
@@ -107,6 +112,7 @@ def _batch(
     layers = meter.catalog.layers
     shape = (batch.shape[0], len(layers), meter.catalog.num_experts, len(formats))
     nats = np.zeros(shape)
+    router = np.zeros(shape[1:])
     counts = np.zeros(shape[:3])
     with torch.no_grad():
         for place, layer in enumerate(layers):
@@ -123,9 +129,13 @@ def _batch(
                 for code, form in enumerate(formats):
                     rounded = run_expert(module, rows, meter.runner.weights(block, form))
                     error = (rounded - exact) * share
+                    router[place, expert, code] = float(error.square().sum())
                     cost = (grads * error).sum(dim=1).square_().mul_(0.5).double().numpy()
                     nats[:, place, expert, code] = np.bincount(window, cost, shape[0])
-    return Damage(layers=layers, formats=formats, tokens=batch.numel(), nats=nats, counts=counts)
+    return Damage(
+        layers=layers, formats=formats, tokens=batch.numel(), nats=nats, counts=counts,
+        router=router,
+    )  # fmt: skip
 
 
 def smoothed(

@@ -96,6 +96,26 @@ def bootstrap(values: Any, *, seed: int = 0, resamples: int = RESAMPLES) -> Spre
     return Spread(mean=mean, stderr=float(drawn.std()), lower=float(low), upper=float(high))
 
 
+def rank_correlation(one: Any, other: Any) -> float:
+    """Spearman's rank correlation of two lists of one length; ties share their mean rank."""
+    first, second = (np.asarray(values, dtype=np.float64).ravel() for values in (one, other))
+    if first.size != second.size or first.size < 2:
+        raise ValueError(f"one and other must be of one length, not {first.size}, {second.size}")
+    ranks = [_ranks(values) for values in (first, second)]
+    spread = [values.std() for values in ranks]
+    if min(spread) == 0:
+        return 0.0
+    away = [values - values.mean() for values in ranks]
+    return float((away[0] * away[1]).mean() / (spread[0] * spread[1]))
+
+
+def _ranks(values: Floats) -> Floats:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Floats = (last - (counts - 1) / 2)[places]
+    return ranks
+
+
 def ratio_spread(above: Any, below: Any, *, seed: int = 0) -> Spread:
     """Spread of mean(`above`) / mean(`below`), both [W] over the same windows."""
     top = np.asarray(above, dtype=np.float64).ravel()

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hotset.blocks.sensitivity import KLMeter
+    from hotset.blocks.sensitivity_rank import RankCheck
     from hotset.blocks.sensitivity_stats import KLSummary
     from hotset.blocks.sensitivity_table import SensitivityTable
 
@@ -53,6 +54,8 @@ _BITS_QUICK = (3.0, 4.0)
 _BITS_SHIFTED = (2.75, 3.0, 3.5, 4.0)
 _STDLIB_MODULES = 60
 _LIVE_STEPS = 200
+_RANKED, _RANKED_QUICK = 64, 12  # blocks whose true KL is measured one by one
+_RANKED_WINDOWS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +104,7 @@ class MixFigures:
     vetoes: dict[str, str]  # layer and format -> the bound
     live: LiveFigures  # the measured table
     live_zeros: LiveFigures  # a table of zeros
+    ranks: tuple[RankCheck, ...]  # how well estimates rank single blocks, best first
     versions: dict[str, str]
 
     def part(self) -> dict[str, float]:
@@ -250,6 +254,7 @@ def run_bench(  # noqa: PLR0913 - one option each
 
     from hotset.blocks.calibrate_text import read_text
     from hotset.blocks.sensitivity import KLMeter
+    from hotset.blocks.sensitivity_rank import check_ranks
     from hotset.blocks.sensitivity_table import read_table
 
     torch.set_num_threads(threads)
@@ -283,6 +288,12 @@ def run_bench(  # noqa: PLR0913 - one option each
         drift.set(block, form)
     drift_nats = drift.nats
     drift.observe(meter.routing(other[: len(windows)]), tokens=other[: len(windows)].numel())
+    say("true KL of single blocks")
+    ranks = check_ranks(
+        meter, table, windows[:_RANKED_WINDOWS],
+        form="int4" if "int4" in table.formats else table.formats[-1],
+        blocks=_RANKED_QUICK if quick else _RANKED, seed=seed,
+    )  # fmt: skip
     names, counts = np.unique(allowed.codes, return_counts=True)
     say("live check")
     found = MixFigures(
@@ -309,6 +320,7 @@ def run_bench(  # noqa: PLR0913 - one option each
         vetoes=bench.vetoes(),
         live=bench.live(windows, believed=bench.costs),
         live_zeros=bench.live(windows, believed=bench.zeros()),
+        ranks=ranks,
         versions={
             "python": platform.python_version(),
             "torch": str(torch.__version__),

@@ -42,6 +42,12 @@ def render(found: MixFigures) -> str:
         + ", ".join(f"{layer}:{form}" for layer, form in found.floors.items()),
         *(f"  vetoed {key}: {bound}" for key, bound in found.vetoes.items()),
         "",
+        *(
+            f"rank correlation with true KL of {rank.blocks} single blocks in {rank.format}: "
+            f"{rank.by} {rank.correlation:.2f} ({rank.lower:.2f} .. {rank.upper:.2f})"
+            for rank in found.ranks
+        ),
+        "",
         _live("the measured table", found.live),
         _live("a table of zeros", found.live_zeros),
         ", ".join(f"{key} {value}" for key, value in found.versions.items()),

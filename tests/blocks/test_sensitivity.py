@@ -20,7 +20,8 @@ from hotset.blocks.calibrate_text import read_text
 from hotset.blocks.families import KINDS
 from hotset.blocks.sensitivity import KLMeter
 from hotset.blocks.sensitivity_fisher import EVEN_SHARE, first_order, frequencies, smoothed
-from hotset.blocks.sensitivity_stats import PairedKL, bootstrap
+from hotset.blocks.sensitivity_rank import check_ranks
+from hotset.blocks.sensitivity_stats import PairedKL, bootstrap, rank_correlation
 from hotset.blocks.sensitivity_table import read_table, shorten, write_table
 from hotset.errors import ConfigError
 
@@ -206,6 +207,30 @@ def test_calibration_corrects_checks_and_names(
     assert 0.5 < table.optimism < table.optimism_upper < 5
 
 
+def test_both_variants_state_the_same_level_and_rank_blocks(
+    meter: KLMeter, text: CalibrationText, table: SensitivityTable
+) -> None:
+    router = np.array(table.router_nats)
+    assert router.shape == table.damage.shape
+    assert (router > 0).all()
+    assert 0.3 < router.sum() / table.damage.sum() < 3
+    found = check_ranks(meter, table, text.check[:4], form="int2", blocks=10)
+    by = {one.by: one for one in found}
+    assert len(by) == 4
+    assert all(-1 <= one.lower <= one.correlation <= one.upper <= 1 for one in found)
+    assert by["Fisher-weighted output error"].correlation > 0.4
+    assert by["router-weighted output error"].correlation > 0.4
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 25, 99]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486832980505138)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+    with pytest.raises(ValueError, match="one length"):
+        rank_correlation([1], [1])
+
+
 def test_samples_go_where_the_decision_is_uncertain(table: SensitivityTable) -> None:
     by_format = {form: {row.tokens for row in table.groups if row.format == form}
                  for form in FORMATS}  # fmt: skip
@@ -244,6 +269,7 @@ def test_another_checkpoint_is_refused(table: SensitivityTable, tmp_path: Path) 
         ({"version": 99}, "version 99"),
         ({"frequency": [[0.5]]}, "frequency"),
         ({"nats": [[[0.5]]]}, "nats"),
+        ({"router_nats": [[[0.5]]]}, "router_nats"),
         ({"nbytes": [1]}, "nbytes"),
         ({"nbytes": [1, 2, 0]}, "nbytes"),
         ({"formats": ["int8", "int8", "int2"]}, "formats"),

@@ -139,5 +139,8 @@ def test_bench_mix_measures_and_draws(table_path: Path, tmp_path: Path) -> None:
     assert at_4_bits["hotset"] <= min(at_4_bits["hobbit"], at_4_bits["random"])
     text = render(found)
     assert "vetoed 0:int2" in text
+    ranks = {rank.by: rank.correlation for rank in found.ranks}
+    assert ranks["Fisher-weighted output error"] > ranks["weight error"]
+    assert "router-weighted output error" in ranks
     draw(found, tmp_path / "mix.svg")
     assert (tmp_path / "mix.svg").stat().st_size > 1000
