@@ -68,8 +68,8 @@ _LEAST_TOKENS = 16
 class Pace(NamedTuple):
     """Time of experts in a forward pass, and passes within which a move must pay."""
 
-    expert_ns: int
-    horizon_steps: int
+    expert_ns: int  # 0: nobody has measured it
+    horizon_steps: int | None  # None: likewise
 
 
 class Replanning(Orders):
@@ -115,7 +115,7 @@ class Replanning(Orders):
             return
         self._origins.fold()
         pace = Pace(self._expert_ns(), self._horizon_steps())
-        if not all(pace):
+        if not pace.expert_ns or pace.horizon_steps is None:
             return
         proposal = propose(self._survey(workers), self._grid)
         if proposal is not None:
@@ -132,7 +132,7 @@ class Replanning(Orders):
             if balancedness(option.load) - shared >= gain
         ]
         worth, best = max(judged, key=lambda one: _net_ns(one[0]), default=(None, shares))
-        pays = worth is not None and worth.pays
+        pays = worth is not None and worth.pays and bool(pace.horizon_steps)
         if worth is not None and not pays:
             self._tell(best, worth, reason=Reason.VETO_COST, cause=cause, before=before, pace=pace)
             worth, best = None, shares
@@ -163,7 +163,7 @@ class Replanning(Orders):
                 nbytes=sum(int(self._sizes.full[flat]) for _, flat in option.adds),
                 saved_ns_per_step=worth.saved_ns_per_step if worth else 0,
                 move_ns=worth.move_ns if worth else 0,
-                horizon_steps=pace.horizon_steps,
+                horizon_steps=pace.horizon_steps or 0,
             )
         )
 
@@ -228,10 +228,10 @@ class Replanning(Orders):
         step_ns = self._outlook.step_ns(self._now_ns)
         return step_ns * self._outlook.experts_permille(self._now_ns) // _PERMILLE
 
-    def _horizon_steps(self) -> int:
+    def _horizon_steps(self) -> int | None:
         """Forward passes of a worker in the time within which a move must pay."""
         rate = self._outlook.steps_per_s(self._now_ns)
-        return rate * self.config.payback_ns // (1_000_000_000 * _PERMILLE)
+        return rate * self.config.payback_ns // (1_000_000_000 * _PERMILLE) if rate else None
 
     def _worth(
         self, option: Option, shares: Option, workers: list[StoreBook], pace: Pace
@@ -267,7 +267,7 @@ class Replanning(Orders):
             ),
             step_time_ns=pace.expert_ns,
             link_model=link,
-            horizon_steps=pace.horizon_steps,
+            horizon_steps=max(1, pace.horizon_steps or 0),
             extra_ns_per_step=int(more * uses * fetch_ns),
         )
 

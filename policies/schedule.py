@@ -21,6 +21,8 @@ same calls give the same times.
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -119,6 +121,8 @@ class LinkSchedule:
         self.demand_ns = 0
         self.paused = False
         self._jobs: dict[int, _Job] = {}
+        self._order: list[tuple[tuple[int, int, int], int]] = []  # heap; ended jobs lie in it
+        self._left: Counter[tuple[Service, int]] = Counter()  # ns by service and deadline
         self._landed: Landing | None = None
         self._serial = 0
         chunk = self.config.chunk_bytes
@@ -162,11 +166,11 @@ class LinkSchedule:
             return None
         need_ns = self._estimate_ns(nbytes)
         start_ns = max(now_ns, self.free_ns)
-        first = sum(job.left_ns for job in self._jobs.values() if job.service < service)
+        first = sum(left_ns for (other, _), left_ns in self._left.items() if other < service)
         rivals = sorted(
-            (job.due_ns, job.left_ns)
-            for job in self._jobs.values()
-            if job.service == service and job.due_ns < _NEVER
+            (rival_due_ns, left_ns)
+            for (other, rival_due_ns), left_ns in self._left.items()
+            if other == service and rival_due_ns < _NEVER
         )
         share = self._share(service)
         work_ns = first + need_ns
@@ -190,17 +194,28 @@ class LinkSchedule:
         if not self._jobs:
             self.free_ns = max(self.free_ns, now_ns)
         left_ns = self.spec.transfer_ns(nbytes)
-        self._jobs[key] = _Job(key, service, due_ns or _NEVER, self._serial, left_ns)
+        self._enter(_Job(key, service, due_ns or _NEVER, self._serial, left_ns))
 
     def hasten(self, key: int) -> None:
         """Compute waits for a queued transfer now; what has been carried stays carried."""
         job = self._jobs.get(key)
         if job is not None:
+            self._leave(job)
             job.service = Service.IMMINENT
+            self._enter(job)
 
     def cancel(self, key: int) -> bool:
         """Take back a transfer; False when it has landed or is unknown. A chunk ends first."""
-        return self._jobs.pop(key, None) is not None
+        job = self._jobs.get(key)
+        if job is not None:
+            self._leave(job)
+        return job is not None
+
+    def measured(self, spec: LinkSpec) -> None:
+        """The link has turned out to be this fast; what is queued keeps its estimate."""
+        self.spec = spec
+        chunk = self.config.chunk_bytes
+        self.chunk_ns = max(1, -(-chunk * 1_000_000_000 // spec.bandwidth_bytes_per_s))
 
     def next_landing_ns(self) -> int | None:
         """When the next transfer lands if nothing is added; None: nothing will.
@@ -236,7 +251,7 @@ class LinkSchedule:
                 spell_ns = min(spell_ns, chunks * self.chunk_ns)
             self._carry(job, spell_ns)
             if not job.left_ns:
-                del self._jobs[job.key]
+                self._leave(job)
                 self._landed = Landing(job.key, self.free_ns)
                 return self._hand_over(until_ns)
         return None
@@ -259,16 +274,33 @@ class LinkSchedule:
         self._landed = None
         return landing
 
+    def _enter(self, job: _Job) -> None:
+        self._jobs[job.key] = job
+        self._left[job.service, job.due_ns] += job.left_ns
+        heapq.heappush(self._order, (job.order(), job.key))
+
+    def _leave(self, job: _Job) -> None:
+        del self._jobs[job.key]
+        self._take_off(job, job.left_ns)
+
+    def _take_off(self, job: _Job, ns: int) -> None:
+        group = (job.service, job.due_ns)
+        self._left[group] -= ns
+        if not self._left[group]:
+            del self._left[group]
+
     def _pick(self) -> _Job | None:
-        jobs = [
-            job
-            for job in self._jobs.values()
-            if not (self.paused and job.service is Service.BACKGROUND)
-        ]
-        return min(jobs, key=_Job.order, default=None)
+        while self._order:
+            order, key = self._order[0]
+            job = self._jobs.get(key)
+            if job is not None and job.order() == order:
+                return None if self.paused and job.service is Service.BACKGROUND else job
+            heapq.heappop(self._order)
+        return None
 
     def _carry(self, job: _Job, spell_ns: int) -> None:
         job.left_ns -= spell_ns
+        self._take_off(job, spell_ns)
         self.free_ns += spell_ns
         self.busy_ns += spell_ns
         if job.service is Service.IMMINENT:
