@@ -20,7 +20,7 @@ from hotset.errors import ConfigError
 from hotset.policies.config import PolicyConfig
 from hotset.policies.device import DeviceShape
 from hotset.policies.linkmodel import LinkSpec
-from hotset.policies.residency import LIVE_POLICIES, make_policy
+from hotset.policies.residency import LIVE_POLICIES, DeviceResidency, make_policy
 from hotset.policies.simspec import ClusterSpec, Fault, StoreSpec, TierSpec, slot_bytes
 from hotset.policies.simulate import Simulation
 from hotset.policies.types import Tier
@@ -28,6 +28,7 @@ from hotset.policies.types import Tier
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from hotset.policies.foresight import StagedPredictor
     from hotset.policies.plan import ResidencyPolicy
     from hotset.policies.simspec import SimScore
 
@@ -202,19 +203,20 @@ def policy_maker(name: str, spec: ClusterSpec, config: PolicyConfig | None = Non
             remedy=f"choose one of {', '.join(LIVE_POLICIES)}",
         )
     slot = slot_bytes(spec, config)
-    shared: dict[str, Any] = {}
+    shared: StagedPredictor | None = None
 
     def make(store: StoreSpec) -> ResidencyPolicy:
+        nonlocal shared
         policy = make_policy(
             name,
             DeviceShape(
                 layers=spec.layers, num_experts=spec.num_experts, full_nbytes=slot,
                 reduced_nbytes=slot // 2, capacity_bytes=store.slots * slot,
             ),
+            predictor=shared,  # a table by device would not fit: devices learn in one
         )  # fmt: skip
-        predictor = getattr(policy, "predictor", None)
-        if predictor is not None:  # a table by device would not fit: devices learn in one
-            policy.predictor = shared.setdefault("predictor", predictor)  # type: ignore[attr-defined] # only where there is one
+        if isinstance(policy, DeviceResidency):
+            shared = policy.predictor
         return policy
 
     return make

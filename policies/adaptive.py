@@ -64,12 +64,18 @@ class DeviceResidency(DeviceTable):
 
     _rank_dtype = np.float32  # half the bytes to search for a victim
 
-    def __init__(self, shape: DeviceShape, *, config: ResidencyConfig | None = None) -> None:
-        """Start empty and ignorant."""
+    def __init__(
+        self,
+        shape: DeviceShape,
+        *,
+        config: ResidencyConfig | None = None,
+        predictor: StagedPredictor | None = None,
+    ) -> None:
+        """Start empty; without a `predictor` of others (of this shape and depth) also ignorant."""
         super().__init__(shape)
         self.config = config = config or ResidencyConfig()
         rows, size = len(shape.layers), shape.num_experts
-        self.predictor = StagedPredictor(
+        self.predictor = predictor or StagedPredictor(
             rows=rows, num_experts=size, depth=config.prefetch_depth, rate=config.learning_rate
         )
         self.budget = LoadBudget(

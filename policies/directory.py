@@ -48,12 +48,15 @@ class Directory:
         self.version = 0
         self._by_block: dict[BlockId, dict[tuple[str, Format], Copy]] = {}
         self._by_store: dict[str, dict[tuple[BlockId, Format], Copy]] = {}
+        self._blocks = 0
         self._log: deque[tuple[int, CopyKey]] = deque(maxlen=changes_kept)
 
     def add(self, copy: Copy) -> Copy | None:
         """List the copy; return the one that it replaces."""
-        old = self._by_block.get(copy.block, {}).get((copy.store, copy.format))
-        self._by_block.setdefault(copy.block, {})[copy.store, copy.format] = copy
+        copies = self._by_block.setdefault(copy.block, {})
+        self._blocks += not copies
+        old = copies.get((copy.store, copy.format))
+        copies[copy.store, copy.format] = copy
         self._by_store.setdefault(copy.store, {})[copy.block, copy.format] = copy
         self._note(CopyKey(copy.block, copy.store, copy.format))
         return old
@@ -64,6 +67,7 @@ class Directory:
         copy = copies.pop((key.store, key.format), None) if copies else None
         if copy is None:
             return None
+        self._blocks -= not copies
         del self._by_store[key.store][key.block, key.format]
         self._note(key)
         return copy
@@ -82,7 +86,7 @@ class Directory:
 
     def blocks(self) -> int:
         """Return how many blocks have a listed copy."""
-        return sum(1 for copies in self._by_block.values() if copies)
+        return self._blocks
 
     def of_store(self, store: str) -> tuple[Copy, ...]:
         """Copies in a store, in the order in which they were listed."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotset.policies.drift_check import LiveCheck
-from hotset.policies.types import BlockId, Copy, Format, Reason
+from hotset.policies.types import LOSSLESS, BlockId, Copy, Format, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -52,7 +52,7 @@ LOSSY = tuple(
 
 def is_lossless(form: Format | str) -> bool:
     """Tell whether a format keeps every bit; a name that hotset does not know does not."""
-    return form in set(Format) and QUALITY[Format(form)] == QUALITY[Format.BF16]
+    return form in LOSSLESS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _HIDE_STEP_NS = 100_000
 """Layer times are compared in steps of this, so that their noise does not reprice all blocks."""
+_FORMATS = tuple(Format)  # iterating over the class costs ten times as much
 
 
 class _Prices(NamedTuple):
@@ -159,7 +160,7 @@ class ClusterLedger:
             return State.STAGED
         if here:
             return state_of(Format.BF16 if Format.BF16 in here else here[0])
-        if any((flat, form) in book.pending for form in Format):
+        if book.pending and any((flat, form) in book.pending for form in _FORMATS):
             return State.IN_FLIGHT
         return State.STAGED if copies else State.STORED
 

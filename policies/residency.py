@@ -29,6 +29,8 @@ from hotset.policies.rivals.traced import EdgeMoE, ExpertFlow, MoEInfinity
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hotset.policies.foresight import StagedPredictor
+
 __all__ = [
     "LIVE_POLICIES",
     "OFFLINE_POLICIES",
@@ -72,10 +74,14 @@ def make_policy(
     *,
     config: ResidencyConfig | None = None,
     future: Future | None = None,
+    predictor: StagedPredictor | None = None,
 ) -> ResidencyPolicy:
-    """Build the policy called `name`; only `hotset*` reads `config`. Raises ConfigError."""
+    """Build the policy called `name`. Raises ConfigError.
+
+    Only `hotset*` reads `config` and `predictor`, which several devices may share.
+    """
     if name == "hotset":
-        return DeviceResidency(shape, config=config)
+        return DeviceResidency(shape, config=config, predictor=predictor)
     if name in _RATIOS:
         ratio = _RATIOS[name]
         config = replace(
@@ -84,7 +90,7 @@ def make_policy(
             dense_load_ratio=ratio,
             idle_load_ratio=ratio,
         )
-        return DeviceResidency(shape, config=config)
+        return DeviceResidency(shape, config=config, predictor=predictor)
     if name in _RIVALS:
         return _RIVALS[name](shape)
     if name in _OFFLINE:

@@ -9,6 +9,7 @@ Invariants: a transfer ends once; the brain hears of each end; links never serve
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hotset.policies.brain import ClusterBrain
@@ -49,6 +50,32 @@ if TYPE_CHECKING:
     from hotset.policies.types import Command, Event
 
 
+@dataclass(slots=True, kw_only=True)
+class _Source:
+    """Where blocks are read from, and what a read of one takes."""
+
+    name: str
+    tier: Tier
+    link: LinkSchedule
+    overhead_ns: int
+    wire_ns: int
+
+    def wait_ns(self) -> int:
+        """Until a read that is asked for now lands, if those before it are of the same size."""
+        return self.overhead_ns + self.wire_ns * (1 + len(self.link))
+
+    def order(self) -> tuple[int, str]:
+        """The cheapest first."""
+        return self.wait_ns(), self.name
+
+
+class _Brain(ClusterBrain):
+    """The brain, without the stories of its blocks: nobody reads them here."""
+
+    def _note(self, block: BlockId, event: str, reason: Reason | None, *, store: str) -> None:
+        """Forget it."""
+
+
 class SimCluster:
     """Stores, links, the brain and an agenda of what will happen."""
 
@@ -74,23 +101,33 @@ class SimCluster:
             for layer in spec.layers
             for index in range(spec.num_experts)
         ]
-        self.brain = ClusterBrain(infos, config=config)
+        self.brain = _Brain(infos, config=config)
         self._slot_bytes = slot_bytes(spec, self.brain.config)
         self._specs = {store.name: store for store in spec.stores}
         chunks = ScheduleConfig(chunk_bytes=max(1 << 20, spec.block_bytes // 8))
-        self._links = {
-            name: LinkSchedule(spec.tiers[tier].link, config=chunks)
-            for name, tier in (
-                *((store.name, store.tier) for store in spec.stores),
-                *((f"{STORAGE}@{node}", Tier.STORAGE) for node in {s.node for s in spec.stores}),
+        tier_of = {store.name: store.tier for store in spec.stores}
+        tier_of |= {f"{STORAGE}@{store.node}": Tier.STORAGE for store in spec.stores}
+        self._sources = {
+            name: _Source(
+                name=name,
+                tier=tier,
+                link=LinkSchedule(spec.tiers[tier].link, config=chunks),
+                overhead_ns=spec.tiers[tier].overhead_ns,
+                wire_ns=spec.tiers[tier].link.transfer_ns(spec.block_bytes),
             )
+            for name, tier in tier_of.items()
         }
+        self._storage = {
+            store.name: self._sources[f"{STORAGE}@{store.node}"] for store in spec.stores
+        }
+        self._holders: list[dict[str, None]] = [{} for _ in infos]  # stores by block
         used = {store.tier for store in spec.stores} | {Tier.STORAGE}
         self._fetch_ns = min(
             tier.overhead_ns + tier.link.transfer_ns(spec.block_bytes)
             for name, tier in spec.tiers.items()
             if name in used
         )
+        self._idle_ns = self._fetch_ns  # no read takes less
         self._flights: dict[int, SimFlight] = {}
         self._serial = 0
         self._agenda: list[tuple[int, int, str, object]] = []
@@ -126,12 +163,13 @@ class SimCluster:
             worker.coming[flat] = number
             worker.started += 1
         self._advance(source)
-        link = self._links[source]
+        link = self._sources[source].link
         link.add(number, service_of(reason), nbytes=self.spec.block_bytes, now_ns=self.now_ns)
         self._wake(source)
 
     def _advance(self, name: str) -> None:
-        while (landing := self._links[name].advance(self.now_ns)) is not None:
+        link = self._sources[name].link
+        while (landing := link.advance(self.now_ns)) is not None:
             flight = self._flights.get(landing.key)
             if flight is not None:
                 at_ns = landing.at_ns + flight.overhead_ns
@@ -139,7 +177,7 @@ class SimCluster:
 
     def _overhead_ns(self, source: str, reason: Reason, worker: SimWorker | None) -> int:
         """What this read takes beside the link: reads of one layer and tier land together."""
-        tier = self._tier(source)
+        tier = self._sources[source].tier
         spec = self.spec.tiers[tier]
         if worker is None or reason is not Reason.DEMAND:
             reads = spec.beside or spec.alone
@@ -162,39 +200,31 @@ class SimCluster:
         self._wake(name)
 
     def _wake(self, name: str) -> None:
-        at_ns = self._links[name].next_landing_ns()
+        at_ns = self._sources[name].link.next_landing_ns()
         if at_ns is not None and self._wakes.get(name) != at_ns:
             self._wakes[name] = max(at_ns, self.now_ns)
             self._at(self._wakes[name], "link", name)
 
     # --- where a block is -----------------------------------------------------------------------
 
+    def _flat(self, block: BlockId) -> int:
+        return self._rows[block.layer] * self._size + block.index
+
     def _block(self, flat: int) -> tuple[int, int]:
         row, expert = divmod(flat, self._size)
         return self._layers[row], expert
 
-    def _tier(self, source: str) -> Tier:
-        return Tier.STORAGE if source.startswith(STORAGE) else self._specs[source].tier
-
-    def _cheapest(self, reader: str, flat: int) -> str:
-        names = [f"{STORAGE}@{self._specs[reader].node}"]
-        names += [
-            copy.store
-            for copy in self.brain.copies(BlockId(*self._block(flat)))
-            if copy.store != reader and copy.format is Format.BF16
-        ]
-        return min(names, key=lambda name: (self._wait_ns(name), name))
-
-    def _wait_ns(self, source: str) -> int:
-        """Until a read that is asked for now lands, if those before it are of the same size."""
-        tier = self.spec.tiers[self._tier(source)]
-        wire_ns = tier.link.transfer_ns(self.spec.block_bytes)
-        return tier.overhead_ns + wire_ns * (1 + len(self._links[source]))
+    def _cheapest(self, reader: str, flat: int) -> _Source:
+        sources = self._sources
+        found = [sources[name] for name in self._holders[flat] if name != reader]
+        found.append(self._storage[reader])
+        return min(found, key=_Source.order)
 
     def _peer(self, reader: str, flat: int) -> str | None:
-        for copy in self.brain.copies(BlockId(*self._block(flat))):
-            if copy.store in self._workers and copy.store != reader:
-                return copy.store
+        workers = self._workers
+        for name in self._holders[flat]:
+            if name in workers and name != reader:
+                return name
         return None
 
     # --- the brain ------------------------------------------------------------------------------
@@ -207,6 +237,8 @@ class SimCluster:
         )  # fmt: skip
         holds = store.holds if self._warm else ()  # who comes back comes back empty
         copies = tuple(self._copy(store.name, block) for block in holds)
+        for block in holds:
+            self._holders[self._flat(block)][store.name] = None
         worker = self._workers.get(store.name)
         if worker is not None:
             for block in holds:
@@ -232,6 +264,7 @@ class SimCluster:
             case CancelTransfer():
                 return self._cancel(command)
             case DropCopy() if command.store not in self._workers:
+                self._holders[self._flat(command.block)].pop(command.store, None)
                 return self.brain.handle(self._drop_event(command.store, command.block,
                                                           command.reason))  # fmt: skip
             case ChangeFormat():
@@ -247,13 +280,14 @@ class SimCluster:
                                     Reason.VETO_MEMORY)  # fmt: skip
             worker.policy.in_flight(*at, reason=Reason.WARM)
             worker.policy.landed(*at)
+        self._holders[self._flat(command.block)][command.store] = None
         copy = self._copy(command.store, command.block)
         return self.brain.handle(
             CopyLanded(now_ns=self.now_ns, copy=copy, reason=command.reason, source=STORAGE)
         )
 
     def _start(self, command: StartTransfer) -> None:
-        flat = self._rows[command.block.layer] * self._size + command.block.index
+        flat = self._flat(command.block)
         worker = self._workers.get(command.store)
         state = (
             worker.policy.state(command.block.layer, command.block.index)
@@ -272,11 +306,13 @@ class SimCluster:
         self._send(command.store, flat, source, reason=command.reason, worker=worker)
 
     def _cancel(self, command: CancelTransfer) -> list[Command]:
-        flat = self._rows[command.block.layer] * self._size + command.block.index
+        flat = self._flat(command.block)
         for number, flight in self._flights.items():
             if (flight.reader, flight.flat) == (command.store, flat):
                 self._advance(flight.source)
-                if command.store not in self._workers and self._links[flight.source].cancel(number):
+                if command.store not in self._workers and self._sources[flight.source].link.cancel(
+                    number
+                ):
                     del self._flights[number]
                     return self._refuse(
                         command.store, command.block, command.format, Reason.CANCELLED
@@ -300,10 +336,12 @@ class SimCluster:
         )  # fmt: skip
 
     def _copied(self, store: str, block: BlockId, source: str, reason: Reason) -> None:
+        self._holders[self._flat(block)][store] = None
         copy = self._copy(store, block)
         self._tell(CopyLanded(now_ns=self.now_ns, copy=copy, reason=reason, source=source))
 
     def _dropped(self, store: str, block: BlockId, reason: Reason) -> None:
+        self._holders[self._flat(block)].pop(store, None)
         self._tell(self._drop_event(store, block, reason))
 
     def _drop_event(self, store: str, block: BlockId, reason: Reason) -> CopyDropped:

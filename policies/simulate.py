@@ -80,8 +80,9 @@ class Simulation(SimCluster):
             self._landed(what)
         elif kind == "answer":
             assert isinstance(what, tuple)  # noqa: S101 - our own bug
-            worker, flat = what
-            self._arrived(worker, flat)
+            worker, flats = what
+            for flat in flats:
+                self._arrived(worker, flat)
         elif kind == "fault":
             assert isinstance(what, Fault)  # noqa: S101 - our own bug
             self._fail(what)
@@ -118,8 +119,10 @@ class Simulation(SimCluster):
         worker.drawn.clear()
         for expert in plan.arriving:
             self._hasten(worker, base + expert)
-        for expert in plan.missing:
-            self._demand(worker, base + expert)
+        flats = [base + expert for expert in plan.missing]
+        sent = [flat for flat in flats if self._demand(worker, flat)]
+        if sent:
+            self._at(self.now_ns + self.spec.dispatch_ns, "answer", (worker, sent))
         for layer, expert in plan.prefetch:
             self._prefetch(worker, self._rows[layer] * self._size + expert)
         cover_ns = min((read.cover_ns for read in worker.drawn.values()), default=0)
@@ -139,21 +142,26 @@ class Simulation(SimCluster):
         worker.layer_began_ns = self.now_ns
         worker.policy.steer(worker.load.bar(fetch_ns=self._fetch_ns))
 
-    def _demand(self, worker: SimWorker, flat: int) -> None:
-        source = self._cheapest(worker.name, flat)
-        holder = self._peer(worker.name, flat) if self.spec.dispatch_ns else None
-        if holder is not None and self.spec.dispatch_ns < self._wait_ns(source):
-            self.score.dispatched += self._scored(worker)
-            self._at(self.now_ns + self.spec.dispatch_ns, "answer", (worker, flat))
-            return
+    def _demand(self, worker: SimWorker, flat: int) -> bool:
+        """Fetch the block; True: its tokens go to a peer instead, which costs less."""
+        dispatch_ns = self.spec.dispatch_ns
+        source = None
+        if dispatch_ns and self._peer(worker.name, flat) is not None:
+            # What costs less than the cheapest read on an idle link needs no comparison.
+            source = None if dispatch_ns < self._idle_ns else self._cheapest(worker.name, flat)
+            if source is None or dispatch_ns < source.wait_ns():
+                self.score.dispatched += self._scored(worker)
+                return True
+        source = source or self._cheapest(worker.name, flat)
         if not self._claim(worker, flat, Reason.DEMAND):
             worker.unclaimed.append(flat)
-            return
+            return False
         if self._scored(worker):
-            tier = self._tier(source).name.lower()
+            tier = source.tier.name.lower()
             self.score.fetched[tier] = self.score.fetched.get(tier, 0) + 1
         worker.fetches += 1
-        self._send(worker.name, flat, source, reason=Reason.DEMAND, worker=worker)
+        self._send(worker.name, flat, source.name, reason=Reason.DEMAND, worker=worker)
+        return False
 
     def _prefetch(self, worker: SimWorker, flat: int) -> None:
         if worker.prefetching >= _AT_ONCE_PREFETCHES or worker.unclaimed:
@@ -165,7 +173,7 @@ class Simulation(SimCluster):
         if self._claim(worker, flat, Reason.PREFETCH):
             worker.prefetching += 1
             self.score.prefetched += self._scored(worker)
-            self._send(worker.name, flat, source, reason=Reason.PREFETCH, worker=worker)
+            self._send(worker.name, flat, source.name, reason=Reason.PREFETCH, worker=worker)
 
     def _claim(self, worker: SimWorker, flat: int, reason: Reason) -> bool:
         policy = worker.policy
@@ -185,7 +193,7 @@ class Simulation(SimCluster):
         flight = self._flights.get(number) if number is not None else None
         if number is not None and flight is not None:
             self._advance(flight.source)
-            self._links[flight.source].hasten(number)
+            self._sources[flight.source].link.hasten(number)
             self._wake(flight.source)
 
     def _arrived(self, worker: SimWorker, flat: int) -> None:
@@ -260,8 +268,9 @@ class Simulation(SimCluster):
         if worker is not None:
             self._arrived(worker, flight.flat)
             waiting, worker.unclaimed = worker.unclaimed, []
-            for flat in waiting:
-                self._demand(worker, flat)
+            sent = [flat for flat in waiting if self._demand(worker, flat)]
+            if sent:
+                self._at(self.now_ns + self.spec.dispatch_ns, "answer", (worker, sent))
 
     # --- faults ---------------------------------------------------------------------------------
 
@@ -276,8 +285,10 @@ class Simulation(SimCluster):
         broken = [n for n, f in self._flights.items() if name in {f.source, f.reader}]
         flights = [self._flights.pop(number) for number in broken]
         for number in broken:
-            for link in self._links.values():
-                link.cancel(number)
+            for source in self._sources.values():
+                source.link.cancel(number)
+        for holders in self._holders:
+            holders.pop(name, None)
         self._tell(StoreLost(now_ns=self.now_ns, store=name, incarnation=self._incarnation[name]))
         for flight in flights:
             if flight.reader == name:
@@ -288,6 +299,6 @@ class Simulation(SimCluster):
                 self._refuse(flight.reader, block, Format.BF16, Reason.LOST)
                 continue
             source = self._cheapest(flight.reader, flight.flat)
-            self._send(flight.reader, flight.flat, source, reason=flight.reason, worker=reader)
+            self._send(flight.reader, flight.flat, source.name, reason=flight.reason, worker=reader)
         if fault.back_ns and worker is None:
             self._at(self.now_ns + fault.back_ns, "back", name)

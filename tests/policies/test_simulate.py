@@ -50,9 +50,14 @@ def cluster(
     )  # fmt: skip
 
 
-def simulate(
-    spec: ClusterSpec, *, policy: str = "lru", tokens: int = 60, seed: int = 1, **more: Any
-) -> SimScore:
+def simulate(spec: ClusterSpec, **more: Any) -> SimScore:
+    return make(spec, **more).run()
+
+
+def make(
+    spec: ClusterSpec, *, policy: str = "lru", tokens: int = 60, seed: int = 1,
+    kind: type[Simulation] = Simulation, **more: Any,
+) -> Simulation:  # fmt: skip
     slot = slot_bytes(spec)
     workers = [store for store in spec.stores if store.tier is Tier.HBM]
     visits = {
@@ -60,7 +65,7 @@ def simulate(
         .tolist()
         for at, store in enumerate(workers)
     }  # fmt: skip
-    return Simulation(
+    return kind(
         spec,
         policies=lambda store: make_policy(
             policy,
@@ -72,7 +77,26 @@ def simulate(
         visits=visits,
         config=PolicyConfig(tick_ns=200_000, min_dwell_ns=500_000, cool_down_ns=500_000),
         **more,
-    ).run()  # fmt: skip
+    )  # fmt: skip
+
+
+class Plain(Simulation):
+    """Asks the brain's directory each time and compares all sources: what the index must equal."""
+
+    def __init__(self, spec: ClusterSpec, **more: Any) -> None:
+        super().__init__(spec, **more)
+        self._idle_ns = 0
+
+    def _cheapest(self, reader: str, flat: int) -> Any:
+        copies = self.brain.copies(BlockId(*self._block(flat)))
+        found = [self._sources[copy.store] for copy in copies if copy.store != reader]
+        return min([*found, self._storage[reader]], key=lambda one: (one.wait_ns(), one.name))
+
+    def _peer(self, reader: str, flat: int) -> str | None:
+        for copy in self.brain.copies(BlockId(*self._block(flat))):
+            if copy.store in self._workers and copy.store != reader:
+                return copy.store
+        return None
 
 
 def test_without_misses_a_step_is_its_compute() -> None:
@@ -147,6 +171,24 @@ def test_stores_start_with_what_they_bring() -> None:
     score = simulate(replace(spec, stores=stores))
     assert set(score.fetched) == {"storage"}, "nobody brought the other half"
     assert sum(score.fetched.values()) <= LAYERS * EXPERTS // 2
+
+
+@pytest.mark.parametrize("policy", ["lru", "hotset"])
+@pytest.mark.parametrize("dispatch_ns", [0, 500, 4000])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_index_of_copies_is_the_brains_directory(
+    *, policy: str, dispatch_ns: int, seed: int
+) -> None:
+    faults = (
+        Fault(at_ns=200_000, store="host-0", back_ns=150_000),
+        Fault(at_ns=300_000, store="worker-2"),
+    )
+    spec = cluster(workers=4, cxl=32, dispatch_ns=dispatch_ns, faults=faults)
+    fast, plain = (make(spec, policy=policy, seed=seed, kind=kind) for kind in (Simulation, Plain))
+    assert fast.run() == plain.run()
+    for flat, holders in enumerate(fast._holders):
+        block = BlockId(*divmod(flat, EXPERTS))
+        assert set(holders) == {copy.store for copy in fast.brain.copies(block)}
 
 
 def test_steps_before_the_start_are_not_scored() -> None:
