@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _FIRST_BYTES_PER_S = 2_000_000_000
 _FIRST_STORAGE_BYTES_PER_S = 800_000_000
 _FIRST_DECODED_BYTES_PER_S = 3_000_000_000
+_FIRST_DECODE_NS = 30_000
 _FIRST_LATENCY_NS = 100_000
 _FIRST_DISPATCH_NS = 2_000_000
 
@@ -137,7 +138,7 @@ class Directory:
         """Measured cost of decoding here, by full-precision bytes."""
         cost = self._decoding.get(form)
         if cost is None:
-            fresh = LinkCost(latency_ns=_FIRST_LATENCY_NS, bytes_per_s=_FIRST_DECODED_BYTES_PER_S)
+            fresh = LinkCost(latency_ns=_FIRST_DECODE_NS, bytes_per_s=_FIRST_DECODED_BYTES_PER_S)
             cost = self._decoding.setdefault(form, fresh)
         return cost
 

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hotset.actors.cache import Held, Lost
 from hotset.blocks.formats import codec
+from hotset.errors import CheckpointError
 from hotset.policies.types import LOSSLESS, BlockId, Format, Reason
 from hotset.transport.inbox import Inbox
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
     from hotset.actors.cache import Delivery, HotCache
     from hotset.actors.fetcher import Landing
     from hotset.actors.formatchoice import FormatChoice
@@ -62,7 +66,7 @@ class Reformer:
     def demote(self, block: BlockId, form: Format) -> None:
         """Hold a block in `form`, encoded here from the full copy, which is fetched if missing."""
         self._choice.demote(block, form)
-        self._thread.submit(self._carry_out, block, form)
+        self._submit(self._carry_out, block, form)
 
     def promote(self, block: BlockId) -> None:
         """Go back to full precision; the cheap copy serves until the full one is here."""
@@ -83,15 +87,23 @@ class Reformer:
 
     def arrived(self, landing: Landing) -> None:
         """A block has landed: bring it into its format if it came in another lossless one."""
-        if landing.format not in LOSSLESS:
-            return
-        if landing.format is self._choice.target(landing.block):
+        self._want(landing.block, landing.format)
+
+    def released(self, held: Held) -> None:
+        """A copy was given back: what could not be swapped while it was held can be now."""
+        self._want(BlockId(held.layer, held.expert), held.format)
+
+    def _want(self, block: BlockId, form: Format) -> None:
+        if form not in LOSSLESS or form is self._choice.target(block):
             return
         with self._lock:
-            if landing.block in self._waiting or len(self._waiting) >= _MOST_WAITING:
+            if block in self._waiting or len(self._waiting) >= _MOST_WAITING:
                 return
-            self._waiting.add(landing.block)
-        self._thread.submit(self._settle, landing.block)
+            self._waiting.add(block)
+        self._submit(self._settle, block)
+
+    def _submit(self, work: Callable[..., None], *arguments: Any) -> None:
+        self._thread.submit(work, *arguments).add_done_callback(_show)
 
     def unpacked(self, held: Held, payload: torch.Tensor) -> bool:
         """Keep the full form of a compressed copy that was just decoded; takes the hold back."""
@@ -151,12 +163,20 @@ class Reformer:
             )
         coder = codec(form)
         made = torch.zeros(coder.nbytes(layout), dtype=torch.uint8, device=full.device)
-        used = coder.encode(full, layout, made)
-        if form in LOSSLESS and used > _LEAST_SAVING * layout.nbytes:
+        try:
+            used = coder.encode(full, layout, made)
+        except CheckpointError:  # weights that no format takes
+            used = 0
+        if not used or (form in LOSSLESS and used > _LEAST_SAVING * layout.nbytes):
             self._choice.keep_full(BlockId(held.layer, held.expert))
             self._cache.done(held)
             return False
         return self._cache.replace(held, form, _host(made, used))
+
+
+def _show(work: Future[None]) -> None:
+    """Raise what the thread's work raised: a bug of ours, which the executor then logs."""
+    work.result()
 
 
 def _host(payload: torch.Tensor, nbytes: int) -> memoryview:

@@ -419,6 +419,7 @@ class TokenPath:
         finally:
             if not kept:
                 self._cache.done(held)
+                self._reformer.released(held)
 
     def _stood_in(self, held: Held) -> None:
         context, now_ns = self.context, time.time_ns()

@@ -14,14 +14,14 @@ times gamma never exceeds the planned share of the budget's margin.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hotset.policies.allocate import Costs, allocate, caps
 from hotset.policies.guard import QUALITY
-from hotset.policies.types import LOSSLESS, BlockId, Format
+from hotset.policies.types import BlockId, Format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,24 +90,6 @@ def plan_formats(  # noqa: PLR0913 - the terms of one plan, by keyword
         )  # fmt: skip
     return FormatPlan(
         layers=layers, formats=formats, codes=found.codes, nbytes=found.nbytes, nats=found.nats
-    )
-
-
-def lossless_costs(costs: Costs, *, extra: Mapping[Format, int]) -> Costs:
-    """The same costs with lossless formats of `extra` bytes behind full precision, at no damage."""
-    names = [str(form) for form in extra if form in LOSSLESS and str(form) not in costs.formats]
-    zeros = np.zeros((*costs.nats.shape[:2], len(names)))
-    return replace(
-        costs,
-        formats=(costs.formats[0], *names, *costs.formats[1:]),
-        nbytes=np.concatenate(
-            [
-                costs.nbytes[:1],
-                np.array([extra[Format(name)] for name in names], dtype=np.int64),
-                costs.nbytes[1:],
-            ]
-        ),
-        nats=np.concatenate([costs.nats[..., :1], zeros, costs.nats[..., 1:]], axis=2),
     )
 
 

@@ -39,14 +39,16 @@ class Node:
         slots: int,
         tier: Tier = Tier.HBM,
         incarnation: int = 1,
+        formats: tuple[Format, ...] = (Format.INT8,),
     ) -> None:
         self.catalog = catalog
         self.reduced_nbytes = codec(Format.INT8).nbytes(catalog.layout)
+        lossy = {form: codec(form).nbytes(catalog.layout) for form in formats}
         self.stride = slot_stride(catalog.block_nbytes, self.reduced_nbytes)
         self.slab = Slab(
             capacity_bytes=slots * self.stride,
             slot_payload_bytes=catalog.block_nbytes,
-            reduced_payload_bytes=self.reduced_nbytes,
+            reduced_payload_bytes=tuple(lossy.values()),
             name=name,
             incarnation=incarnation,
         )
@@ -64,7 +66,8 @@ class Node:
         self.fetcher = Fetcher(
             catalog=catalog, slab=self.slab, engine=self.engine, directory=self.directory
         )
-        self.nbytes = {Format.BF16: catalog.block_nbytes, Format.INT8: self.reduced_nbytes}
+        full = catalog.block_nbytes
+        self.nbytes = {Format.BF16: full, Format.BF16Z: full, **lossy}
 
     def want(self, block: BlockId, ended: Endings, fmt: Format = Format.BF16, **more: Any) -> Want:
         slot = self.slab.allocate(self.nbytes[fmt])
