@@ -16,9 +16,11 @@ class SwitchedRing(Ring):
         """Append rows, or let them go; costs nothing while it is on."""
         if on:
             self.__dict__.pop("append", None)
+            self.__dict__.pop("extend", None)
         else:
             self.append = _nothing  # type: ignore[method-assign,assignment] # only this ring's, and for a while
+            self.extend = _nothing  # type: ignore[method-assign,assignment]
 
 
-def _nothing(_kind: int, **_columns: int) -> None:
-    """A row that is not written."""
+def _nothing(_what: object, **_columns: int) -> None:
+    """Rows that are not written."""

@@ -98,8 +98,7 @@ class Arrivals:
         if not alone:
             self._verify(Check(tracks, peer))
             return
-        for track in tracks:
-            self.judged(track, peer, judge(self._slab, track, peer))
+        self.all_judged(tracks, peer, [judge(self._slab, track, peer) for track in tracks])
 
     def piece_landed(self, track: Track, peer: str, *, alone: bool) -> None:
         """More of a slot is here; whole chunks are hashed while the rest moves."""
@@ -168,43 +167,59 @@ class Arrivals:
             track.stage = Stage.HELD
             self._timers.add(track.release_ns, lambda: self._release(track))
         else:
-            self._close(track, self._make_ready(track))
+            self._close(track, *self._make_ready([track]))
+
+    def all_judged(self, tracks: Sequence[Track], peer: str, verdicts: Sequence[Verdict]) -> None:
+        """Do as `judged` with each; what is good and not held back, in one go."""
+        now = time.monotonic_ns()
+        good = []
+        for track, verdict in zip(tracks, verdicts, strict=True):
+            if verdict.status is not Status.DONE or track.release_ns > now:
+                self.judged(track, peer, verdict)
+                continue
+            track.verdict, track.verified_ns = verdict, now
+            track.landed_ns = max(track.landed_ns, track.release_ns)
+            good.append(track)
+        for track, result in zip(good, self._make_ready(good), strict=True):
+            self._close(track, result)
 
     def _release(self, track: Track) -> None:
         if track.stage is Stage.HELD:
-            self._close(track, self._make_ready(track))
+            self._close(track, *self._make_ready([track]))
 
     # --- ends -------------------------------------------------------------------------------------
 
     def _try_publish(self, track: Track) -> ItemResult | None:
         """Publish from the verifier thread; None when the owner has given the slot up."""
         try:
-            return self._make_ready(track)
+            [result] = self._make_ready([track])
         except InvalidTransition:
             return None
-
-    def _make_ready(self, track: Track) -> ItemResult:
-        item, verdict = track.item, track.verdict
-        assert verdict is not None  # noqa: S101 - judged
-        generation = self._slab.publish(
-            item.dest,
-            key=item.expect.key,
-            format_code=item.expect.format_code,
-            nbytes=item.expect.nbytes,
-            checksum=verdict.checksum,
-            epoch=verdict.epoch,
-            pins=1,
-        )
-        result = ItemResult(
-            status=Status.DONE,
-            dest=item.dest,
-            checksum=verdict.checksum,
-            generation=generation,
-            source=track.peer,
-            lost=track.lost,
-        )
-        self._record(track, result)
         return result
+
+    def _make_ready(self, tracks: Sequence[Track]) -> list[ItemResult]:
+        """Publish slots whose verdicts are good, and record them."""
+        landed = []
+        for track in tracks:
+            verdict, item = track.verdict, track.item
+            assert verdict is not None  # noqa: S101 - judged
+            landed.append((item.dest, item.expect, verdict.checksum, verdict.epoch))
+        generations = self._slab.publish_landed(landed)
+        results = [
+            ItemResult(
+                status=Status.DONE,
+                dest=dest,
+                checksum=checksum,
+                generation=generation,
+                source=track.peer,
+                lost=track.lost,
+            )
+            for track, (dest, _, checksum, _), generation in zip(
+                tracks, landed, generations, strict=True
+            )
+        ]
+        self._record(tracks, results)
+        return results
 
     def end(self, track: Track, status: Status, error: str) -> None:
         """End a track without its bytes, unless the verifier has just published it."""
@@ -220,7 +235,7 @@ class Arrivals:
             source=track.peer,
             lost=track.lost,
         )
-        self._record(track, result)
+        self._record([track], [result])
         self._close(track, result)
         if track.posts:
             self._owner.track_abandoned(track)
@@ -237,31 +252,33 @@ class Arrivals:
         if job.open_tracks == 0:
             self._owner.job_ended(job)
 
-    def _record(self, track: Track, result: ItemResult) -> None:
-        job, item, ring = track.job, track.item, self._ring
+    def _record(self, tracks: Sequence[Track], results: Sequence[ItemResult]) -> None:
+        """Write a row for each: the columns of `records.ROW`, by place."""
+        ring, describe = self._ring, self._describe
         now = time.monotonic_ns()
-        queue_ns, wire_ns, verify_ns, activate_ns = phases(
-            track, submitted_ns=job.submitted_ns, now_ns=now
-        )
-        layer, expert = self._describe(item.expect.key) if self._describe else (-1, -1)
-        ring.append(
-            Kind.TRANSFER,
-            code=0 if result.status is Status.DONE else _CODES[result.status],
-            source=ring.name(result.source),
-            format_code=item.expect.format_code,
-            layer=layer,
-            index=expert,
-            start_ns=job.wall_ns,
-            end_ns=job.wall_ns + now - job.submitted_ns,
-            row_id=job.ticket.transfer_id + track.index,
-            parent=job.parent,
-            trace_hi=job.trace[0],
-            trace_lo=job.trace[1],
-            nbytes=item.expect.nbytes,
-            queue_ns=queue_ns,
-            wire_ns=wire_ns,
-            verify_ns=verify_ns,
-            activate_ns=activate_ns,
-            reason=ring.name(job.reason),
-            attempt=len(result.lost),
-        )
+        rows = []
+        for track, result in zip(tracks, results, strict=True):
+            job, expect = track.job, track.item.expect
+            layer, expert = describe(expect.key) if describe else (-1, -1)
+            rows.append(
+                (
+                    Kind.TRANSFER,
+                    0 if result.status is Status.DONE else _CODES[result.status],
+                    ring.name(result.source),
+                    expect.format_code,
+                    layer,
+                    expert,
+                    job.wall_ns,
+                    job.wall_ns + now - job.submitted_ns,
+                    job.ticket.transfer_id + track.index,
+                    0,  # waits for nothing
+                    job.parent,
+                    *job.trace,
+                    expect.nbytes,
+                    *phases(track, submitted_ns=job.submitted_ns, now_ns=now),
+                    ring.name(job.reason),
+                    0,  # whether it is of use is not known yet
+                    len(result.lost),
+                )
+            )
+        ring.extend(rows)

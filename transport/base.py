@@ -44,7 +44,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -299,9 +299,6 @@ def refuse_outside(spans: Sequence[Span], *, peer: str, local: int, remote: int)
         raise outside(peer, local=local, remote=remote)
 
 
-PART_BYTES: Final = 1 << 20  # 256 KiB and 4 MiB took 5-15 % longer
-
-
 class Backend(ABC):
     """Moves spans from a peer's slab into ours. Called by one thread at a time in each lane.
 
@@ -325,12 +322,12 @@ class Backend(ABC):
         """Whether a second thread may post to `peer` now. Asked where posts copy in the call."""
         return self.copies_in_call(peer)
 
-    def part_bytes(self, peer: str) -> int:  # noqa: ARG002 - the same for all in most backends
-        """How much to ask for at once where posts copy in the call, to hash it from cache.
+    def window(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - most map nothing
+        """Address at which the slab of `peer` is mapped here, so that the spans may be copied.
 
-        0 where a call costs too much to be cut; only then may such a post be PENDING after all.
+        0 where `post` has to copy. Raises as `post`.
         """
-        return PART_BYTES
+        return 0
 
     @abstractmethod
     def register(self, slab: Slab) -> None:

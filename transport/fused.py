@@ -1,28 +1,28 @@
-"""Copies and hashes by turns, for backends that copy inside `post`.
+"""Copies and hashes together, for backends that copy inside `post`.
 
-A block that is hashed after all of it was copied comes from memory twice. Taken in parts that fit
-the processor's cache, the hash costs a fifth of the copy instead of a half. The engine's owner has
-one of these, and its second thread another (`hands.py`). It must not know what the bytes mean.
+Where the peer's memory is mapped here, each chunk is copied and hashed while it is in a core's
+cache; else the backend copies a post and then all of it is hashed, without the GIL either way
+(`bulk.py`). The engine's owner has one of these, and its second thread another (`hands.py`). It
+must not know what the bytes mean.
 
 Invariant: nothing is in flight when it returns or raises, unless it returns a handle.
 """
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from hotset.transport.base import PostState, Span
-from hotset.transport.header import HEADER_BYTES
+from hotset.transport.base import PostState
+from hotset.transport.bulk import NO_HASH, Bulk, Part
+from hotset.transport.header import CHUNK_BYTES, HEADER_BYTES
 from hotset.transport.job import spans
-from hotset.transport.judge import hash_arrived, hash_chunk, judge
+from hotset.transport.judge import judge_hashed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hotset.transport.base import Backend
+    from hotset.transport.base import Backend, Span
     from hotset.transport.job import Post, Track, Verdict
     from hotset.transport.slab import Slab
 
@@ -33,8 +33,8 @@ DONE: Final = -1
 class Landing:
     """What became of a post: verdicts of whole slots, in order, and how long hashing took.
 
-    `digests` are those of the chunks of a piece that was read ahead of the owner's notes. With a
-    `handle`, the backend has not finished: the post goes on as any other does.
+    `digests` are those of the chunks that a piece has every byte of. With a `handle`, the backend
+    has not finished: the post goes on as any other does.
     """
 
     verdicts: list[Verdict] = field(default_factory=list)
@@ -50,74 +50,74 @@ class Fused:
         """Keep them."""
         self._backend = backend
         self._slab = slab
+        self._bulk = Bulk(slab)
         self._lane = lane
 
-    def read_slots(self, post: Post) -> Landing:
-        """Read whole slots and judge them. Raises what the backend's `post` raises."""
-        landing = Landing()
-        most = self._backend.part_bytes(post.link.name) or sys.maxsize
-        group: list[Track] = []
-        nbytes = 0
-        for track in post.tracks:
-            if group and nbytes + track.slot_bytes > most:
-                self._read_group(post, group, landing)
-                group, nbytes = [], 0
-            group.append(track)
-            nbytes += track.slot_bytes
-        self._read_group(post, group, landing)
-        return landing
+    def read(self, post: Post) -> Landing:
+        """Read whole slots and judge them, or one piece of a slot and hash its chunks.
 
-    def read_piece(self, post: Post, *, ahead: bool = False) -> Landing:
-        """Read one piece of a slot and hash its chunks. Raises as `read_slots`.
-
-        Notes what has landed, and takes it off the post. `ahead`: on another thread than the
-        owner's, who then does so by the landing's `digests`.
+        Notes nothing in slots, tracks or pieces. Raises what the backend's `post` raises.
         """
+        return self._read_piece(post) if post.end else self._read_slots(post)
+
+    def _read_slots(self, post: Post) -> Landing:
+        peer, tracks = post.link.name, post.tracks
+        parts = [part for track in tracks for part in _parts_of_slot(track, peer)]
         landing = Landing()
-        track, pieces, peer = post.tracks[0], post.pieces, post.link.name
-        assert pieces is not None  # noqa: S101 - the mover made it a piece
-        local, remote = track.item.dest.offset, track.remote_offset(peer)
-        part = self._backend.part_bytes(peer) or sys.maxsize
-        at, end = post.begin, post.end
-        while at < end:
-            upto = min(end, _next_cut(at, part))
-            span = Span(local_offset=local + at, remote_offset=remote + at, nbytes=upto - at)
-            landing.handle = self._copy(peer, [span])
-            if landing.handle != DONE:
-                return landing
-            begin = time.monotonic_ns()
-            if ahead:
-                for number in pieces.chunks_within(at, upto):
-                    landing.digests[number] = hash_chunk(self._slab, track, pieces, number)
-            else:
-                pieces.landed(at, upto)
-                post.begin = upto
-                if not pieces.hashing:
-                    hash_arrived(self._slab, track, pieces)
-            landing.verify_ns += time.monotonic_ns() - begin
+        digests = self._copy(peer, spans(tracks, peer), parts, landing)
+        at = 0
+        for track in tracks if digests else ():
+            upto = at + max(1, -(-track.item.expect.nbytes // CHUNK_BYTES))
+            verdict = judge_hashed(self._slab, track, peer, digests[at:upto])
+            landing.verdicts.append(verdict)
             at = upto
         return landing
 
-    def _read_group(self, post: Post, group: Sequence[Track], landing: Landing) -> None:
-        peer = post.link.name
-        landing.handle = self._copy(peer, spans(group, peer))
-        if landing.handle == DONE:
-            begin = time.monotonic_ns()
-            landing.verdicts += [judge(self._slab, track, peer) for track in group]
-            landing.verify_ns += time.monotonic_ns() - begin
+    def _read_piece(self, post: Post) -> Landing:
+        [track] = post.tracks
+        local, remote = track.item.dest.offset, track.remote_offset(post.link.name)
+        pieces = post.pieces
+        assert pieces is not None  # noqa: S101 - the mover made it a piece
+        whole = pieces.chunks_within(post.begin, post.end)
+        parts: list[Part] = []
+        at = post.begin
+        for number in pieces.chunks_touched(post.begin, post.end):
+            upto = min(post.end, pieces.chunk(number)[1])
+            skip = HEADER_BYTES - at if at < HEADER_BYTES else 0
+            skip = skip if number in whole else NO_HASH
+            parts.append(Part(local + at, remote + at, upto - at, skip))
+            at = upto
+        landing = Landing()
+        digests = self._copy(post.link.name, [post.span], parts, landing)
+        hashed = [digest for digest, part in zip(digests, parts, strict=False) if part.skip >= 0]
+        landing.digests = dict(zip(whole, hashed, strict=False))
+        return landing
 
-    def _copy(self, peer: str, parts: Sequence[Span]) -> int:
-        """DONE, or the handle of a read that has not ended well, and then it was the only part."""
+    def _copy(
+        self, peer: str, what: Sequence[Span], parts: Sequence[Part], landing: Landing
+    ) -> list[int]:
+        """Digests of the parts; none when the landing has a handle: the read has not ended well."""
+        far = self._backend.window(peer, what, lane=self._lane)
+        if far:
+            digests, landing.verify_ns = self._bulk.copy_and_hash(parts, far)
+            return digests
         backend = self._backend
-        handle = backend.post(peer, parts, lane=self._lane)
-        state, error = backend.poll(handle)
-        if state is PostState.DONE:
-            backend.release(handle)
-            return DONE
-        assert not backend.part_bytes(peer), f"a copy inside a call ended as {state}: {error}"  # noqa: S101 - our own bug
-        return handle
+        handle = backend.post(peer, what, lane=self._lane)
+        if backend.poll(handle)[0] is not PostState.DONE:
+            landing.handle = handle
+            return []
+        backend.release(handle)
+        digests, landing.verify_ns = self._bulk.hash(parts)
+        return digests
 
 
-def _next_cut(at: int, part_bytes: int) -> int:
-    """Where a part of a slot ends that begins at `at`: with a chunk of the payload."""
-    return HEADER_BYTES + (max(0, at - HEADER_BYTES) // part_bytes + 1) * part_bytes
+def _parts_of_slot(track: Track, peer: str) -> list[Part]:
+    """The header with the first chunk of the payload, then the other chunks."""
+    item = track.item
+    local, remote, nbytes = item.dest.offset, track.remote_offset(peer), item.expect.nbytes
+    first = min(nbytes, CHUNK_BYTES)
+    parts = [Part(local, remote, HEADER_BYTES + first, HEADER_BYTES)]
+    for at in range(CHUNK_BYTES, nbytes, CHUNK_BYTES):
+        begin = HEADER_BYTES + at
+        parts.append(Part(local + begin, remote + begin, min(CHUNK_BYTES, nbytes - at)))
+    return parts

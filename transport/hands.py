@@ -82,10 +82,7 @@ class Hands:
         """On the second thread."""
         self._thread.here()
         try:
-            if haul.post.end:
-                haul.landing = self._fused.read_piece(haul.post, ahead=True)
-            else:
-                haul.landing = self._fused.read_slots(haul.post)
+            haul.landing = self._fused.read(haul.post)
         except Exception as error:  # noqa: BLE001 - a bug is raised again in the owner's turn
             haul.error = error
         haul.ended_ns = time.monotonic_ns()

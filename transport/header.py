@@ -47,16 +47,17 @@ VOID: Final = bytes(HEADER_BYTES)
 _BODY = struct.Struct("<IBBH16sIIQQQ")
 _HASH = struct.Struct("<Q")
 _HASHED_BYTES: Final = 56
-_digest = xxhash.xxh3_64_intdigest
+digest = xxhash.xxh3_64_intdigest
+"""xxh3-64 of up to one chunk."""
 
 
 def checksum(view: ReadableBuffer) -> int:
     """Hash of a block's payload, everywhere in hotset."""
     data = memoryview(view).cast("B")
     if data.nbytes <= CHUNK_BYTES:
-        return _digest(data)
+        return digest(data)
     return combine(
-        [_digest(data[at : at + CHUNK_BYTES]) for at in range(0, data.nbytes, CHUNK_BYTES)]
+        [digest(data[at : at + CHUNK_BYTES]) for at in range(0, data.nbytes, CHUNK_BYTES)]
     )
 
 
@@ -64,7 +65,7 @@ def combine(digests: Sequence[int]) -> int:
     """Checksum of a payload by those of its chunks, which are CHUNK_BYTES but for the last."""
     if len(digests) == 1:
         return digests[0]
-    return _digest(struct.pack(f"<{len(digests)}Q", *digests))
+    return digest(struct.pack(f"<{len(digests)}Q", *digests))
 
 
 def pack(  # noqa: PLR0913 - the fields of a header; no object, publishing is on the hot path
@@ -84,7 +85,7 @@ def pack(  # noqa: PLR0913 - the fields of a header; no object, publishing is on
     body = _BODY.pack(
         MAGIC, VERSION, flags, format_code, key, nbytes, epoch, generation, checksum, incarnation
     )
-    return body + _HASH.pack(_digest(body))
+    return body + _HASH.pack(digest(body))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +129,7 @@ class Header:
         )
         if magic != MAGIC or version != VERSION:
             return None
-        if _HASH.unpack_from(data, _HASHED_BYTES)[0] != _digest(data[:_HASHED_BYTES]):
+        if _HASH.unpack_from(data, _HASHED_BYTES)[0] != digest(data[:_HASHED_BYTES]):
             return None
         return cls(
             key=key,
@@ -181,7 +182,7 @@ def inspect(buffer: ReadableBuffer, expect: Expect) -> Seen:
         and (expect.generation is None or expect.generation == generation)
         and (expect.checksum is None or expect.checksum == payload_sum)
         and (expect.incarnation is None or expect.incarnation == incarnation)
-        and _HASH.unpack_from(data, _HASHED_BYTES)[0] == _digest(data[:_HASHED_BYTES])
+        and _HASH.unpack_from(data, _HASHED_BYTES)[0] == digest(data[:_HASHED_BYTES])
     ):
         return Seen("", payload_sum, epoch)
     header = Header.unpack(data)
@@ -196,7 +197,7 @@ def pack_progress(expect: Expect, *, arrived: int, incarnation: int) -> bytes:
         PROGRESS_MAGIC, VERSION, 0, expect.format_code, expect.key, expect.nbytes, 0,
         arrived, 0, incarnation,
     )  # fmt: skip
-    return body + _HASH.pack(_digest(body))
+    return body + _HASH.pack(digest(body))
 
 
 class Progress(NamedTuple):
@@ -215,7 +216,7 @@ def inspect_progress(buffer: ReadableBuffer, expect: Expect) -> Progress:
     """Judge the header of a slot that is complete or still filling."""
     data = bytes(buffer)
     magic, version, _, code, key, nbytes, _, arrived, _, incarnation = _BODY.unpack_from(data)
-    if _HASH.unpack_from(data, _HASHED_BYTES)[0] != _digest(data[:_HASHED_BYTES]):
+    if _HASH.unpack_from(data, _HASHED_BYTES)[0] != digest(data[:_HASHED_BYTES]):
         if magic in {MAGIC, PROGRESS_MAGIC}:
             return Progress(torn=True)
         return Progress(differs="the slot is void")

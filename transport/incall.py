@@ -63,11 +63,13 @@ class InCall:
             self._flights.add(post, polled=False)
             self._hands.give(post)
             return
-        landing = self._fused.read_piece(post) if post.end else self._fused.read_slots(post)
+        landing = self._fused.read(post)
         if landing.handle != DONE:
             post.handle = landing.handle
             self._flights.add(post)
             return
+        if post.pieces is not None:
+            post.pieces.landed(post.begin, post.end, landing.digests)
         landed = time.monotonic_ns() - landing.verify_ns  # copying and hashing took turns
         self._landed(post, landing, post.tracks, landed)
 
@@ -94,9 +96,12 @@ class InCall:
             for track in alive:
                 self._arrivals.piece_landed(track, post.link.name, alone=True)
             return
-        for track, verdict in zip(post.tracks, landing.verdicts, strict=True):
-            if track in alive:
-                self._arrivals.judged(track, post.link.name, verdict)
+        verdicts = landing.verdicts
+        if len(alive) < len(post.tracks):
+            here = {id(track) for track in alive}
+            judged = zip(post.tracks, verdicts, strict=True)
+            verdicts = [verdict for track, verdict in judged if id(track) in here]
+        self._arrivals.all_judged(alive, post.link.name, verdicts)
 
     def _hauled(self, haul: Haul) -> None:
         post, landing = haul.post, haul.landing

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hotset.transport.base import Status
-from hotset.transport.header import HEADER_BYTES, checksum, inspect
+from hotset.transport.header import HEADER_BYTES, checksum, combine, inspect
 from hotset.transport.job import Verdict
 
 if TYPE_CHECKING:
@@ -30,6 +30,16 @@ def judge(slab: Slab, track: Track, peer: str) -> Verdict:
         return Verdict(Status.STALE, error=seen.differs)
     found = checksum(slab.memory.read(dest.offset + HEADER_BYTES, expect.nbytes))
     return _compare(found, seen.checksum, epoch=seen.epoch)
+
+
+def judge_hashed(slab: Slab, track: Track, peer: str, digests: Sequence[int]) -> Verdict:
+    """Verify a slot that landed whole; `digests` are those of its chunks."""
+    dest, expect = track.item.dest, track.item.expect
+    wanted = expect if track.source is None else track.expect(peer)
+    seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), wanted)
+    if seen.differs:
+        return Verdict(Status.STALE, error=seen.differs)
+    return _compare(combine(digests), seen.checksum, epoch=seen.epoch)
 
 
 def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict:

@@ -32,10 +32,10 @@ WINDOW_MAX_BYTES: Final = 32 << 20
 FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
 PIECE_MIN_BYTES: Final = 2 << 20  # of a fast link: below, its posts cost more than it saves
 FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
-# Posts that copy in the call, to be shared out: room for 4 blocks, at last 1, of 1 MiB and headers.
-IN_CALL_BYTES: Final = (4 << 20) + (64 << 10)
-IN_CALL_MIN_BYTES: Final = (1 << 20) + (64 << 10)
-ALONE_BYTES: Final = 4 << 20  # so much one thread reads sooner than it wakes a second one
+# Posts that copy in the call, to be shared out: room for 8 blocks, at last 2, of 1 MiB and headers.
+IN_CALL_BYTES: Final = (8 << 20) + (64 << 10)
+IN_CALL_MIN_BYTES: Final = (2 << 20) + (64 << 10)
+ALONE_BYTES: Final = (4 << 20) + (64 << 10)  # one thread reads so much sooner than it wakes another
 HALVES_BYTES: Final = 16 << 20  # so much each of two threads reads in one post
 RATE_MIN_BYTES: Final = 256 << 10  # shorter posts measure latency
 POST_ITEMS: Final = 1024
@@ -157,7 +157,13 @@ class Link:
     # --- credits ----------------------------------------------------------------------------------
 
     def has_room(self, priority: int) -> bool:
-        """Whether one more post of that class may go out."""
+        """Whether one more post of that class may go out.
+
+        Always where posts copy in the call: then the owner is free, and what it has given to the
+        second thread must not keep it from reading.
+        """
+        if self.in_call:
+            return True
         busy = self._in_flight[0] if priority == 0 else sum(self._in_flight[: priority + 1])
         return busy <= self.window_bytes // 2
 

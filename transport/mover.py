@@ -172,10 +172,11 @@ class Mover:
         verdicts = judge_files(post.tracks, post.storage)
         self._flights.settle(post)
         post.storage = None  # it knows the post: as in `job_ended`
-        for track, verdict in zip(post.tracks, verdicts, strict=True):
-            if track.stage is Stage.WAITING:
-                post.mark_landed([track], now)
-                self._arrivals.judged(track, STORAGE, verdict)
+        judged = zip(post.tracks, verdicts, strict=True)
+        waiting = [pair for pair in judged if pair[0].stage is Stage.WAITING]
+        alive = [track for track, _ in waiting]
+        post.mark_landed(alive, now)
+        self._arrivals.all_judged(alive, STORAGE, [verdict for _, verdict in waiting])
 
     def give_up_all(self) -> None:
         """Cancel every ticket; what was posted goes to quarantine."""

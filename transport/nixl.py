@@ -115,10 +115,6 @@ class NixlBackend(Backend):
             return
         self._lanes.append(lane)
 
-    def part_bytes(self, peer: str) -> int:  # noqa: ARG002 - a call costs 20 us
-        """Never cut."""
-        return 0
-
     def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         """Start one read. Shared memory copies inside this call, with the GIL released."""
         info, slab = self._peers.get(peer), self._slab

@@ -137,13 +137,17 @@ class NodeBackend(Backend):
 
     def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         """Start one read the peer's way."""
-        way = self._ways.get(peer)
-        if way is None:
-            raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
+        way = self._way(peer)
         posted = (way, way.post(peer, spans, lane=lane))
         handle = next(self._numbers)
         self._posts[handle] = posted
         return handle
+
+    def _way(self, peer: str) -> Backend:
+        way = self._ways.get(peer)
+        if way is None:
+            raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
+        return way
 
     def copies_in_call(self, peer: str) -> bool:
         """Ask the way that the peer is read."""
@@ -154,9 +158,9 @@ class NodeBackend(Backend):
         """Ask the way that the peer is read."""
         return self._ways[peer].has_second_lane(peer)
 
-    def part_bytes(self, peer: str) -> int:
+    def window(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         """Ask the way that the peer is read."""
-        return self._ways[peer].part_bytes(peer)
+        return self._way(peer).window(peer, spans, lane=lane)
 
     def poll(self, handle: int) -> tuple[PostState, str]:
         """State of a posted read."""

@@ -120,6 +120,11 @@ class Pieces:
         begin = HEADER_BYTES + number * CHUNK_BYTES
         return begin, min(self.end, begin + CHUNK_BYTES)
 
+    def chunks_touched(self, begin: int, end: int) -> range:
+        """Numbers of the chunks that a piece has bytes of; the header counts to the first."""
+        first = max(0, begin - HEADER_BYTES) // CHUNK_BYTES
+        return range(first, max(first + 1, -(-(end - HEADER_BYTES) // CHUNK_BYTES)))
+
     def chunks_within(self, begin: int, end: int) -> range:
         """Numbers of the chunks that lie in a piece with every byte."""
         first = -(-(begin - HEADER_BYTES) // CHUNK_BYTES) if begin > HEADER_BYTES else 0

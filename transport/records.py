@@ -12,8 +12,12 @@ from __future__ import annotations
 import struct
 import threading
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Kind(IntEnum):
@@ -135,6 +139,13 @@ class Ring:
                 queue_ns, wire_ns, verify_ns, activate_ns, reason, used, attempt,
             )  # fmt: skip
             self._written += 1
+
+    def extend(self, rows: Sequence[Sequence[int]]) -> None:
+        """Write rows that have a value for each column of `ROW`, in its order."""
+        with self._lock:
+            for row in rows:
+                _PACK.pack_into(self._rows, (self._written % self._capacity) * ROW.itemsize, *row)
+                self._written += 1
 
     def drain(self) -> bytes:
         """Take all rows out, oldest first, as bytes of `ROW`."""

@@ -127,16 +127,22 @@ class ShmBackend(Backend):
 
     def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - all lanes are alike
         """Copy all spans before returning, with the GIL released."""
-        entry, slab = self._peers.get(peer), self._slab
-        if entry is None or slab is None:
-            raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
-        refuse_outside(spans, peer=peer, local=slab.nbytes, remote=entry.info.nbytes)
-        local, remote, copy = slab.base_address, entry.memory.address, ctypes.memmove
+        remote, slab = self.window(peer, spans), self._slab
+        assert slab is not None  # noqa: S101 - asked there
+        local, copy = slab.base_address, ctypes.memmove
         for span in spans:
             copy(local + span.local_offset, remote + span.remote_offset, span.nbytes)
         handle = next(self._numbers)
         self._posts.add(handle)
         return handle
+
+    def window(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - all lanes are alike
+        """Address of a mapped peer. Raises as `post`."""
+        entry, slab = self._peers.get(peer), self._slab
+        if entry is None or slab is None:
+            raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
+        refuse_outside(spans, peer=peer, local=slab.nbytes, remote=entry.info.nbytes)
+        return entry.memory.address
 
     def copies_in_call(self, peer: str) -> bool:
         """Say so of every peer that is mapped."""

@@ -33,6 +33,8 @@ from hotset.transport.header import HEADER_BYTES, VOID, Header, pack, pack_progr
 from hotset.transport.memory import DeviceMemory, HostMemory, Memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from _typeshed import ReadableBuffer
 
@@ -229,21 +231,17 @@ class Slab:
         if nbytes > slot.nbytes:
             raise ValueError(f"{nbytes} bytes in a slot of {slot.nbytes}")
         with self._lock:
-            self._require(slot, SlotState.FILLING, "publish")
-            self._generation += 1
-            header = pack(
-                key=key,
-                format_code=format_code,
-                nbytes=nbytes,
-                generation=self._generation,
-                checksum=checksum,
-                incarnation=self.incarnation,
-                epoch=epoch,
-            )
-            self.memory.write(slot.offset, header)
-            self._state[slot.unit] = SlotState.READY
-            self._pins[slot.unit] = pins
-            return self._generation
+            return self._publish(slot, key, format_code, nbytes, checksum, epoch, pins)
+
+    def publish_landed(self, landed: Sequence[tuple[Slot, Expect, int, int]]) -> list[int]:
+        """Publish slots as `publish` does, each pinned once: slot, content, checksum, epoch."""
+        with self._lock:
+            return [
+                self._publish(
+                    slot, expect.key, expect.format_code, expect.nbytes, checksum, epoch, pins=1
+                )
+                for slot, expect, checksum, epoch in landed
+            ]
 
     def try_pin(self, slot: Slot) -> bool:
         """Hold a READY slot against reuse; False when it is gone, so look the block up again."""
@@ -346,6 +344,32 @@ class Slab:
         return Header.unpack(self.memory.read(slot.offset, HEADER_BYTES))
 
     # --- inside, with the lock held ---------------------------------------------------------------
+
+    def _publish(  # noqa: PLR0913, PLR0917 - the columns of a header, by place: the hot path
+        self,
+        slot: Slot,
+        key: bytes,
+        format_code: int,
+        nbytes: int,
+        checksum: int,
+        epoch: int,
+        pins: int,
+    ) -> int:
+        self._require(slot, SlotState.FILLING, "publish")
+        self._generation += 1
+        header = pack(
+            key=key,
+            format_code=format_code,
+            nbytes=nbytes,
+            generation=self._generation,
+            checksum=checksum,
+            incarnation=self.incarnation,
+            epoch=epoch,
+        )
+        self.memory.write(slot.offset, header)
+        self._state[slot.unit] = SlotState.READY
+        self._pins[slot.unit] = pins
+        return self._generation
 
     def _class(self, nbytes: int) -> int:
         """The most parts of a super-slot that each hold a payload of `nbytes`."""

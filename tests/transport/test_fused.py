@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hotset.transport.base import PART_BYTES, Status
-from hotset.transport.header import HEADER_BYTES, Header, checksum, inspect, pack
+from hotset.transport.base import Status
+from hotset.transport.header import CHUNK_BYTES, HEADER_BYTES, Header, checksum, inspect, pack
 from hotset.transport.shm import ShmBackend
 from tests.transport.peer import FORMAT, Source, Store, build, fill
 from tests.transport.worlds import deadline
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 SIZES = [
     100,
-    PART_BYTES - HEADER_BYTES,
-    PART_BYTES - HEADER_BYTES + 1,
-    PART_BYTES // 4,
-    PART_BYTES // 4 + 1,
-    PART_BYTES,
-    PART_BYTES + 1,
+    CHUNK_BYTES - HEADER_BYTES,
+    CHUNK_BYTES - HEADER_BYTES + 1,
+    CHUNK_BYTES // 4,
+    CHUNK_BYTES // 4 + 1,
+    CHUNK_BYTES,
+    CHUNK_BYTES + 1,
     200,
-    2 * PART_BYTES - HEADER_BYTES,
-    2 * PART_BYTES + 12_345,
+    2 * CHUNK_BYTES - HEADER_BYTES,
+    2 * CHUNK_BYTES + 12_345,
 ]
 
 
@@ -84,7 +84,7 @@ def test_all_sizes_land_as_they_are(pair: Pair) -> None:
 @pytest.mark.parametrize("index", range(len(SIZES)), ids=[f"{size}-bytes" for size in SIZES])
 def test_a_flipped_byte_anywhere_fails_its_block_alone(pair: Pair, index: int, place: str) -> None:
     last = SIZES[index] - 1
-    at = {"first": 0, "boundary": min(last, PART_BYTES - HEADER_BYTES), "last": last}[place]
+    at = {"first": 0, "boundary": min(last, CHUNK_BYTES - HEADER_BYTES), "last": last}[place]
     _payload(pair, index)[at] ^= 1
     outcome = pair.sink.engine.read("fused", pair.items(), deadline_ns=deadline()).wait()
     statuses = [result.status for result in outcome.items]

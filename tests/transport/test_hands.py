@@ -25,17 +25,17 @@ SLOT = 6 * MIB + 12_345
 
 
 class Watched(ShmBackend):
-    """Notes the lane of each post; `before` may hold one up or fail it."""
+    """Notes the lane of each read; `before` may hold one up or fail it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lanes: list[int] = []
         self.before: Callable[[int], None] = lambda _lane: None
 
-    def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
+    def window(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         self.lanes.append(lane)
         self.before(lane)
-        return super().post(peer, spans, lane=lane)
+        return super().window(peer, spans, lane=lane)
 
 
 class Pair:
