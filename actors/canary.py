@@ -144,7 +144,7 @@ class FullExperts:
         ended: SimpleQueue[Landing] = SimpleQueue()
         want = Want(
             block=block, format=Format.BF16, slot=slot, nbytes=nbytes, on_end=ended.put,
-            reason=Reason.CHECK,
+            reason=Reason.CHECK, plain=True,
         )  # fmt: skip
         self._fetcher.start([want])
         return ended.get()  # a fetch ends exactly once, whatever happens

@@ -82,6 +82,7 @@ class Want:
     trace: tuple[int, int] = (0, 0)
     parent: int = 0
     allow: frozenset[str] | None = None
+    plain: bool = False  # in this very format, not in another lossless one
     sources: list[Source] = field(default_factory=list)
 
 
@@ -109,6 +110,10 @@ class Fetcher:
                 want.sources = self._directory.sources(
                     want.block, fmt=want.format, nbytes=want.nbytes, allow=want.allow
                 )
+                if want.plain:
+                    want.sources = [
+                        s for s in want.sources if s.copy is None or s.copy.format is want.format
+                    ]
                 if want.format not in LOSSLESS:
                     want.sources = [s for s in want.sources if s.copy is not None]
             if want.sources:

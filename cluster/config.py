@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PROFILES: dict[str, LinkProfile] = {
     "cxl2x8": LinkProfile(bandwidth_bytes_per_s=25_000_000_000, latency_ns=600, emulated=True),
     "cxl-slow": LinkProfile(bandwidth_bytes_per_s=1_000_000_000, latency_ns=2_000, emulated=True),
-    "eth2g5": LinkProfile(bandwidth_bytes_per_s=312_500_000, latency_ns=50_000, emulated=True),
+    "eth1g": LinkProfile(bandwidth_bytes_per_s=125_000_000, latency_ns=50_000, emulated=True),
     "roce400": LinkProfile(bandwidth_bytes_per_s=45_000_000_000, latency_ns=3_000, emulated=True),
 }
 """Links that the CXL pool can be given. A pool cannot be faster than this machine's memory."""
