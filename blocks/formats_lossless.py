@@ -8,7 +8,8 @@ and its exponents. Modes:
 |---|---|---|
 | 0 raw | the payload as it is | 1: for other types, and when nothing is gained |
 | 1 window | 4 bits: distance from the lowest of 16 neighbouring exponents; weights outside are listed | about 3/4 |
-| 2 dense | one byte a weight, compressed by zstd | about 2/3, decodes slower |
+| 2 zstd | one byte a weight, compressed by zstd; read, no longer made | about 2/3 |
+| 3 dense | Huffman code in streams of 4,096 weights (`formats_huffman`) | about 2/3 |
 
 The planes follow ZipNN (Hershcovitch et al., 2024) and the fixed window NeuZip's and DFloat11's
 finding that exponents carry under 3 bits (Hao et al., 2024; Zhang et al., 2025).
@@ -16,8 +17,10 @@ finding that exponents carry under 3 bits (Hao et al., 2024; Zhang et al., 2025)
 Body of mode 1: u32 number of listed weights, u8 lowest exponent, 59 zero bytes; sign and mantissa
 [n]; 4-bit exponents [n rounded up to 128, / 2], where byte j of a run of 128 weights has weight j
 low and j + 64 high; positions u32, bits u16 of the listed weights. Body of mode 2: u64 bytes of
-the compressed plane, 56 zero bytes; sign and mantissa [n]; the compressed plane. Each part starts
-on a cache line; numbers are little endian.
+the compressed plane, 56 zero bytes; sign and mantissa [n]; the compressed plane. Body of mode 3:
+u32 bytes of the streams, 60 zero bytes; code lengths u8 [256]; sign and mantissa [n]; where each
+stream starts and the last one ends, u32 [streams + 1]; the streams, and 8 zero bytes behind them.
+Each part starts on a cache line; numbers are little endian.
 
 Must not know where a payload is. Invariant: a body is never longer than the payload.
 """  # noqa: E501 - the table's row
@@ -28,10 +31,11 @@ import importlib
 import struct
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from hotset.blocks import formats_decode, formats_encode
+from hotset.blocks import formats_decode, formats_encode, formats_huffman
 from hotset.blocks.formats_base import BodyCodec, aligned, as_bits, check_finite
 from hotset.blocks.formats_decode import RUN
 from hotset.blocks.formats_encode import WINDOW
@@ -42,13 +46,12 @@ from hotset.policies.types import Format
 if TYPE_CHECKING:
     from hotset.blocks.checkpoint import BlockLayout
 
-RAW, LISTED, DENSE = 0, 1, 2
+RAW, LISTED, ZSTD, DENSE = 0, 1, 2, 3
 _HEAD_NBYTES = 64
-_LEVEL = 1  # zstd: higher levels search for repeats, and exponents have none
 
 
 class LosslessCodec(BodyCodec):
-    """bf16z. `dense` spends time for fewer bytes and needs the extra `formats`."""
+    """bf16z. `dense` spends time for fewer bytes."""
 
     name = Format.BF16Z
 
@@ -82,6 +85,8 @@ class LosslessCodec(BodyCodec):
             out.copy_(body)
         elif mode == LISTED:
             _decode_window(body, out.view(torch.int16))
+        elif mode == ZSTD:
+            _decode_zstd(body, out.view(torch.int16))
         elif mode == DENSE:
             _decode_dense(body, out.view(torch.int16))
         else:
@@ -195,21 +200,76 @@ def _decode_window(body: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _encode_dense(bits: torch.Tensor, body: torch.Tensor) -> int:
-    """Fill `body` with mode 2; gives the bytes used, or 0 when it does not fit."""
-    rest, exponent = _planes(bits)
-    plane = _zstd().ZstdCompressor(level=_LEVEL).compress(exponent.cpu().numpy())
-    start = _HEAD_NBYTES + aligned(bits.numel())
-    end = start + aligned(len(plane))
-    if end > body.numel():
+    """Fill `body` with mode 3; gives the bytes used, or 0 when it does not fit."""
+    count = bits.numel()
+    if not count:
         return 0
-    body[:end] = 0
-    body[:_HEAD_NBYTES] = _head(struct.pack("<Q", len(plane)))
-    body[_HEAD_NBYTES : _HEAD_NBYTES + bits.numel()] = rest
-    body[start : start + len(plane)] = torch.frombuffer(bytearray(plane), dtype=torch.uint8)
+    counts = _count_exponents(bits)
+    lengths = formats_huffman.code_lengths(counts.numpy())
+    streams = formats_huffman.stream_count(count)
+    parts = _dense_parts(count, streams)
+    # No stream wastes more than 7 bits, so this is enough room.
+    most = int((counts * torch.from_numpy(lengths)).sum()) // 8 + streams
+    if parts[-1] + aligned(most + formats_huffman.SPARE) > body.numel():
+        return 0
+    body[count + parts[1] : parts[2]] = 0
+    rest = body[parts[1] : parts[1] + count]
+    starts = body[parts[2] : parts[2] + 4 * (streams + 1)].view(torch.int32)
+    plane, exponent = _planes(bits)
+    rest.copy_(plane)
+    if _fast(bits):
+        where = np.zeros(streams + 1, dtype=np.int64)
+        target = body[parts[3] :].numpy()
+        codes = formats_huffman.codes_of(lengths)
+        formats_huffman.encode_streams(exponent.numpy(), codes, lengths, where, target)
+        starts.copy_(torch.from_numpy(where))
+    else:
+        found, made = formats_huffman.encode_anywhere(exponent, lengths)
+        starts.copy_(found)
+        body[parts[3] : parts[3] + made.numel()].copy_(made)
+    used = int(starts[-1])
+    end = parts[3] + aligned(used + formats_huffman.SPARE)
+    body[parts[2] + 4 * (streams + 1) : parts[3]] = 0
+    body[parts[3] + used : end] = 0
+    body[:_HEAD_NBYTES] = _head(struct.pack("<I", used))
+    body[_HEAD_NBYTES : _HEAD_NBYTES + 256].copy_(torch.from_numpy(lengths))
     return end
 
 
+def _dense_parts(count: int, streams: int) -> tuple[int, int, int, int]:
+    """Where code lengths, sign and mantissa, starts and streams of mode 3 begin."""
+    rest = _HEAD_NBYTES + 256
+    starts = rest + aligned(count)
+    return _HEAD_NBYTES, rest, starts, starts + aligned(4 * (streams + 1))
+
+
 def _decode_dense(body: torch.Tensor, out: torch.Tensor) -> None:
+    count = out.numel()
+    streams = formats_huffman.stream_count(count)
+    parts = _dense_parts(count, streams)
+    (used,) = struct.unpack_from("<I", body[:4].cpu().numpy().tobytes())
+    lengths = body[parts[0] : parts[0] + 256].cpu().numpy().copy()
+    starts = body[parts[2] : parts[2] + 4 * (streams + 1)].view(torch.int32).long()
+    whole = parts[3] + aligned(used + formats_huffman.SPARE) == body.numel()
+    rising = bool((starts[1:] >= starts[:-1]).all()) and int(starts[0]) == 0
+    if not (whole and rising and int(starts[-1]) == used and formats_huffman.is_code(lengths)):
+        raise FormatError("a bf16z body does not have the parts it names", remedy="encode it again")
+    rest, bits = body[parts[1] : parts[1] + count], body[parts[3] :]
+    if _fast(out):
+        codes = formats_huffman.codes_of(lengths)
+        good = formats_huffman.decode_streams(
+            bits.numpy(), starts.numpy(), codes, lengths, rest.numpy(), as_bits(out)
+        )
+    else:
+        exponent = formats_huffman.decode_anywhere(bits, starts, lengths, count=count)
+        good = exponent is not None
+        if exponent is not None:
+            _join(rest, exponent, out)
+    if not good:
+        raise FormatError("the streams of a bf16z body are damaged", remedy="encode it again")
+
+
+def _decode_zstd(body: torch.Tensor, out: torch.Tensor) -> None:
     count = out.numel()
     (length,) = struct.unpack_from("<Q", body[:8].cpu().numpy().tobytes())
     start = _HEAD_NBYTES + aligned(count)
@@ -234,6 +294,6 @@ def _zstd() -> Any:
         return importlib.import_module("zstandard")
     except ImportError as error:
         raise DependencyError(
-            "the dense form of bf16z needs the package zstandard",
-            remedy="pip install 'hotset[formats]', or use the other form",
+            "a bf16z block of an earlier version needs the package zstandard",
+            remedy="pip install 'hotset[formats]', or encode the block again",
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from hotset.blocks.formats import CODECS, Codec, codec
 from hotset.blocks.formats_header import HEADER_NBYTES, BlockHeader
 from hotset.blocks.formats_lossless import LosslessCodec
-from hotset.errors import FormatError
+from hotset.errors import DependencyError, FormatError
 from hotset.policies.types import Format
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def encoded(by: Codec, layout: BlockLayout = LAYOUT) -> torch.Tensor:
     block = torch.zeros(by.nbytes(layout), dtype=torch.uint8)
     used = by.encode(make_payload(layout, seed=8, spread=0.3), layout, block)
     return block[:used].clone()
+
+
+def encoded_payload(by: Codec, payload: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    block = torch.zeros(by.nbytes(layout), dtype=torch.uint8)
+    return block[: by.encode(payload, layout, block)].clone()
 
 
 def decode(by: Codec, block: torch.Tensor, layout: BlockLayout = LAYOUT) -> torch.Tensor:
@@ -71,6 +77,27 @@ def test_this_version_still_writes_the_same_blocks() -> None:
         block = torch.zeros(by.nbytes(layout), dtype=torch.uint8)
         used = by.encode(payload, layout, block)
         assert torch.equal(block[:used], bytes_of(one["block"])), name
+
+
+def test_planes_that_zstd_has_made_name_the_package_that_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(name: str) -> None:
+        raise ImportError(name)
+
+    old = json.loads(GOLDEN[0].read_text())["blocks"]["bf16z dense"]
+    layout = make_layout(hidden=11, inter=7, bias=True)
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(DependencyError, match=r"zstandard.*hotset\[formats\]"):
+        decode(codec("bf16z"), bytes_of(old["block"]), layout)
+
+
+def test_dense_blocks_are_read_and_still_made() -> None:
+    found = json.loads((Path(__file__).parent / "data" / "dense_v1.json").read_text())
+    payload = bytes_of(found["payload"])
+    layout = make_layout(hidden=40, inter=60)
+    assert torch.equal(encoded_payload(DENSE, payload, layout), bytes_of(found["block"]))
+    assert torch.equal(decode(codec("bf16z"), bytes_of(found["block"]), layout), payload)
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ from hotset.blocks.formats import CODECS, Codec, codec
 from hotset.blocks.formats_base import scale_dtype
 from hotset.blocks.formats_group import NF4_LEVELS, pack, unpack
 from hotset.blocks.formats_lossless import LosslessCodec
-from hotset.errors import CheckpointError, DependencyError
+from hotset.errors import CheckpointError
 from hotset.policies.types import Format
 
 if TYPE_CHECKING:
@@ -212,20 +211,6 @@ def test_weights_of_a_usual_spread_get_smaller(by: Codec, most: float) -> None:
     layout = make_layout(hidden=256, inter=128)
     block = encoded(by, layout, make_payload(layout, seed=2, spread=0.2))
     assert block.numel() / layout.nbytes < most
-
-
-def test_the_dense_form_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise ImportError(name)
-
-    layout = make_layout(hidden=64, inter=64)
-    payload = make_payload(layout, seed=3)
-    block = encoded(DENSE, layout, payload)
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(DependencyError, match=r"zstandard.*hotset\[formats\]"):
-        DENSE.encode(payload, layout, torch.empty(DENSE.nbytes(layout), dtype=torch.uint8))
-    with pytest.raises(DependencyError, match="zstandard"):
-        codec("bf16z").decode(block, layout, torch.empty(layout.nbytes, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("name", [f for f in CODECS if not CODECS[f].direct])

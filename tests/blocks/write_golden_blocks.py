@@ -26,6 +26,18 @@ def text(payload: torch.Tensor) -> str:
     return base64.b64encode(payload.numpy().tobytes()).decode()
 
 
+def write_dense() -> None:
+    """The dense form of bf16z, which needs more weights to be smaller than they are."""
+    layout = make_layout(hidden=40, inter=60)
+    payload = make_payload(layout, seed=43, spread=0.2)
+    dense = LosslessCodec(dense=True)
+    block = torch.zeros(dense.nbytes(layout), dtype=torch.uint8)
+    used = dense.encode(payload, layout, block)
+    path = FOLDER / f"dense_v{VERSION}.json"
+    if not path.exists():
+        path.write_text(json.dumps({"payload": text(payload), "block": text(block[:used])}) + "\n")
+
+
 def main() -> None:
     payload = make_payload(LAYOUT, seed=42, spread=1.0)
     payload.view(torch.bfloat16)[:4] = torch.tensor([0.0, -0.0, 1e-40, -3.0]).to(torch.bfloat16)
@@ -38,6 +50,7 @@ def main() -> None:
         out = torch.zeros(LAYOUT.nbytes, dtype=torch.uint8)
         by.decode(block[:used], LAYOUT, out)
         blocks[name] = {"block": text(block[:used]), "decoded": text(out)}
+    write_dense()
     path = FOLDER / f"blocks_v{VERSION}.json"
     if path.exists():
         raise SystemExit(f"{path} is there; a version's blocks never change")
