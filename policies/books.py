@@ -88,6 +88,7 @@ class StoreBook:
         self.draining = False
         self.used_bytes = 0
         self.pending_bytes = 0
+        self.background_bytes = 0  # of those, what nobody waits for
         self.full = np.zeros(size, dtype=bool)  # a verified full copy is listed
         self.reduced = np.zeros(size, dtype=bool)  # a verified reduced copy is listed
         self.coming = np.zeros(size, dtype=bool)  # a full copy is asked for or queued
@@ -123,14 +124,6 @@ class StoreBook:
         taken = self.used_bytes + self.pending_bytes + self.unknown_bytes
         return taken + nbytes <= self.capacity_bytes
 
-    def background_bytes(self) -> int:
-        """Bytes on their way here that nobody waits for."""
-        return sum(
-            pending.nbytes
-            for pending in self.pending.values()
-            if service_of(pending.reason) is Service.BACKGROUND
-        )
-
     def wishes(self) -> Iterator[Wish]:
         """All queued copies, staging first."""
         return chain(self.queue, self.later)
@@ -154,12 +147,16 @@ class StoreBook:
             nbytes=nbytes, reason=wish.reason, asked_ns=now_ns, from_format=from_format
         )
         self.pending_bytes += nbytes
+        if service_of(wish.reason) is Service.BACKGROUND:
+            self.background_bytes += nbytes
 
     def settle(self, flat: int, form: Format) -> Pending | None:
         """End the claim of a transfer, however it ended."""
         pending = self.pending.pop((flat, form), None)
         if pending is not None:
             self.pending_bytes -= pending.nbytes
+            if service_of(pending.reason) is Service.BACKGROUND:
+                self.background_bytes -= pending.nbytes
             if form is Format.BF16:
                 self.coming[flat] = False
         return pending

@@ -22,10 +22,9 @@ import numpy as np
 from hotset.policies import placement
 from hotset.policies.books import StoreBook
 from hotset.policies.directory import CopyKey
-from hotset.policies.guard import Refusal
 from hotset.policies.reformat import fill_planned, reformat, stage_planned
 from hotset.policies.replanning import Replanning
-from hotset.policies.schedule import LinkSchedule, Service, service_of
+from hotset.policies.schedule import Service, service_of
 from hotset.policies.types import (
     BlockInfo,
     Command,
@@ -152,34 +151,12 @@ class ClusterBrain(Replanning):
         if book is None or book.draining:
             return
         book.draining = True
-        book.forget_wishes()
+        self._forget_wishes(book)
         cause = f"draining {event.store}"
         for flat, form in list(book.pending):
             self._cancel(book, flat, form, cause=cause, reason=Reason.DRAIN)
         puts = placement.cover(self._view(), reason=Reason.DRAIN)
-        if event.deadline_ns:
-            puts = self._in_time(puts, leaving=book, due_ns=event.deadline_ns)
         self._plan(puts, cause=cause, reason=Reason.DRAIN, always=True, due_ns=event.deadline_ns)
-
-    def _in_time(
-        self, puts: list[placement.Put], *, leaving: StoreBook, due_ns: int
-    ) -> list[placement.Put]:
-        """Leave out what cannot be read from a store before it goes; storage has it still."""
-        link = LinkSchedule(self._outlook.link(leaving.info.name, leaving.info.tier))
-        kept: list[placement.Put] = []
-        for key, put in enumerate(puts):
-            if not leaving.full[put.flat]:
-                kept.append(put)
-                continue
-            nbytes = self._sizes.of(put.flat, put.format)
-            late = link.can(Service.STAGING, nbytes=nbytes, now_ns=self._now_ns, due_ns=due_ns)
-            if late is None:
-                link.add(key, Service.STAGING, nbytes=nbytes, now_ns=self._now_ns, due_ns=due_ns)
-                kept.append(put)
-                continue
-            refusal = Refusal(reason=late.reason, bound=late.bound)
-            self._veto(put.book, self.blocks[put.flat].block, put.format, refusal)
-        return kept
 
     def _counted(self, event: RouterCounts) -> None:
         known = [(self._flat[block], count) for block, count in event.counts if block in self._flat]
@@ -222,7 +199,7 @@ class ClusterBrain(Replanning):
         flat = self._flat.get(copy.block)
         if book is None or flat is None:
             return
-        book.settle(flat, copy.format)
+        self._settle(book, flat, copy.format)
         book.retry_ns.pop((flat, copy.format), None)
         self._admit(copy, source=event.source, reason=event.reason)
         book.break_promise(flat)
@@ -253,7 +230,7 @@ class ClusterBrain(Replanning):
         flat = self._flat.get(event.block)
         if book is None or flat is None:
             return
-        pending = book.settle(flat, event.format)
+        pending = self._settle(book, flat, event.format)
         book.break_promise(flat)
         self._note(
             event.block,
@@ -268,7 +245,7 @@ class ClusterBrain(Replanning):
             return
         if event.reason is Reason.VETO_MEMORY:  # the store knows its room better than our sums
             book.capacity_bytes = book.used_bytes + book.pending_bytes
-            book.forget_wishes()
+            self._forget_wishes(book)
         self._pump(book)
 
     def _tick(self) -> None:
@@ -279,6 +256,8 @@ class ClusterBrain(Replanning):
         cause = f"tick {self._now_ns}"
         names = sorted(self._books)
         self._outlook.judge_pressure(names, now_ns=self._now_ns)
+        pressed = {name for name in names if self._outlook.pressed(name)}
+        self._windows.pause(pressed, now_ns=self._now_ns)
         self._outlook.judge_regime(self._popularity.counts, now_ns=self._now_ns)
         for name in names:
             self._expire(self._books[name])

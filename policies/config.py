@@ -74,6 +74,8 @@ class PolicyConfig:
     """Most bytes that one reconsideration may ask to move between pools."""
     warm_bytes_in_flight: int = 8 << 30
     """Most bytes on their way to one store during its first fill."""
+    fill_ns: int = 60_000_000_000
+    """A worker's first fill must land within this time: later, demand has fetched what it needs."""
     background_bytes_in_flight: int = 256 << 20
     """Most bytes of background work on their way to one store."""
     payback_ns: int = PAYBACK_NS

@@ -13,15 +13,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hotset.policies import placement
+from hotset.policies.admission import Admission
 from hotset.policies.books import Pending, StoreBook, Wish
 from hotset.policies.directory import CopyKey
 from hotset.policies.guard import Refusal, is_lossless
-from hotset.policies.ledger import ClusterLedger
 from hotset.policies.reformat import Change
 from hotset.policies.schedule import Service, service_of
 from hotset.policies.types import (
-    LOSSLESS,
-    STORAGE,
     BlockId,
     BlockInfo,
     CancelTransfer,
@@ -33,9 +31,9 @@ from hotset.policies.types import (
     PublishEpoch,
     Reason,
     StartTransfer,
-    Tier,
     Veto,
 )
+from hotset.policies.windows import Key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,12 +41,8 @@ if TYPE_CHECKING:
     from hotset.policies.config import PolicyConfig
     from hotset.policies.guard import Guardrail
 
-_NEAR = {Tier.HOST: 0, Tier.HBM: 1, Tier.COMPRESSED: 1, Tier.CXL: 2, Tier.STORAGE: 3}
-"""Order of sources: host memory is faster to read than the memory of a busy device."""
-_MOST_SOURCES = 3
 
-
-class Orders(ClusterLedger):
+class Orders(Admission):
     """The books, and what changes them."""
 
     def __init__(
@@ -72,7 +66,8 @@ class Orders(ClusterLedger):
         always: bool = False,
         due_ns: int = 0,
     ) -> None:
-        """Take a new target: publish its epoch, then ask for what it needs, until `due_ns`."""
+        """Take a new target: publish its epoch, then ask for what is admitted, until `due_ns`."""
+        moves = self._admitted(moves, due_ns=due_ns)
         if not moves and not always:
             return
         self.epoch += 1
@@ -83,17 +78,32 @@ class Orders(ClusterLedger):
             if isinstance(move, placement.Take):
                 self._take(move, cause=cause)
             else:
-                self._put(move, cause=cause, due_ns=due_ns)
+                due = due_ns or move.due_ns
+                move.book.wish(Wish(move.flat, move.format, move.reason, cause, due))
         for book in touched.values():
             self._pump(book)
 
-    def _put(self, put: placement.Put, *, cause: str, due_ns: int) -> None:
-        block = self.blocks[put.flat].block
-        refusal = self.guard.check_demotion(block, put.format)
-        if refusal is not None:
-            self._veto(put.book, block, put.format, refusal)
-            return
-        put.book.wish(Wish(put.flat, put.format, put.reason, cause, due_ns))
+    def _admitted(
+        self, moves: Sequence[placement.Put | placement.Take], *, due_ns: int
+    ) -> list[placement.Put | placement.Take]:
+        """Leave out what the guardrail refuses, and what its link cannot carry in time."""
+        counts = self._popularity.counts
+        spared: set[tuple[str, int]] = set()
+        kept: list[placement.Put | placement.Take] = []
+        for move in moves:
+            if isinstance(move, placement.Put):
+                refusal = self._refused(move, due_ns=due_ns, counts=counts)
+                if refusal is not None:
+                    wish = Wish(move.flat, move.format, move.reason, "")
+                    self._turn_down(move.book, wish, refusal)
+                    spared.add((move.book.info.name, move.displaces))
+                    continue
+            kept.append(move)
+        return [
+            move
+            for move in kept
+            if isinstance(move, placement.Put) or (move.book.info.name, move.flat) not in spared
+        ]
 
     def _change(self, change: Change, *, cause: str) -> None:
         """Ask a store to change a copy in place; it finds the room, as it does for its own."""
@@ -190,8 +200,16 @@ class Orders(ClusterLedger):
     def _ask_next(self, book: StoreBook, wish: Wish) -> bool:
         """Ask for a copy, or find that it is here; False: it waits."""
         block, name = self.blocks[wish.flat].block, book.info.name
+        key = Key(name, wish.flat, wish.format)
         if self._directory.get(CopyKey(block, name, wish.format)) is not None:
+            self._windows.end(key)
             book.coming[wish.flat] = (wish.flat, Format.BF16) in book.pending
+            return True
+        if 0 < wish.due_ns <= self._now_ns:
+            self._windows.end(key)
+            book.coming[wish.flat] = (wish.flat, Format.BF16) in book.pending
+            bound = f"it was due at {wish.due_ns} ns and still waited for room"
+            self._turn_down(book, wish, Refusal(reason=Reason.VETO_LATE, bound=bound))
             return True
         nbytes = self._sizes.of(wish.flat, wish.format)
         if not book.fits(nbytes) or not self._flows(book, wish, nbytes=nbytes):
@@ -200,6 +218,8 @@ class Orders(ClusterLedger):
         background = service_of(wish.reason) is Service.BACKGROUND
         if background and (self._outlook.pressed(name) or self._outlook.pressed(sources[0])):
             return False
+        if key not in self._windows:
+            self._book(book, wish.flat, wish.format, wish.reason, source=sources[0])
         book.ask(wish, nbytes=nbytes, now_ns=self._now_ns)
         self._note(block, f"asked {name} to fetch {wish.format.value}", wish.reason, store=name)
         self._out.append(
@@ -216,9 +236,19 @@ class Orders(ClusterLedger):
         )
         return True
 
-    def _ask_kept(self, book: StoreBook, wish: Wish) -> None:
-        """Ask a worker for a copy that it should keep; it makes the room, so none is claimed."""
+    def _ask_kept(self, book: StoreBook, wish: Wish) -> bool:
+        """Ask a worker for a copy that it should keep; it makes the room, so none is claimed.
+
+        False: the link cannot bring it in time.
+        """
         block, name = self.blocks[wish.flat].block, book.info.name
+        sources = self._sources(block, book, wish.format)
+        late = self._book(
+            book, wish.flat, wish.format, wish.reason, source=sources[0], due_ns=wish.due_ns
+        )
+        if late is not None:
+            self._turn_down(book, wish, Refusal(reason=late.reason, bound=late.bound))
+            return False
         book.ask(wish, nbytes=0, now_ns=self._now_ns)
         book.coming[wish.flat] = True
         self._note(block, f"asked {name} to fetch {wish.format.value}", wish.reason, store=name)
@@ -228,44 +258,26 @@ class Orders(ClusterLedger):
                 store=name,
                 block=block,
                 format=wish.format,
-                sources=self._sources(block, book, wish.format),
+                sources=sources,
                 cause=wish.cause,
                 reason=wish.reason,
                 due_ns=wish.due_ns,
             )
         )
+        return True
+
+    def _turn_down(self, book: StoreBook, wish: Wish, refusal: Refusal) -> None:
+        """Refuse a copy, and do not ask again at once."""
+        book.retry_ns[wish.flat, wish.format] = self._now_ns + self.config.retry_ns
+        self._veto(book, self.blocks[wish.flat].block, wish.format, refusal)
 
     def _flows(self, book: StoreBook, wish: Wish, *, nbytes: int) -> bool:
         """Whether the bytes in flight leave room; one copy may always fly."""
         if service_of(wish.reason) is Service.BACKGROUND:
-            flying = book.background_bytes()
+            flying = book.background_bytes
             return not flying or flying + nbytes <= self.config.background_bytes_in_flight
         flying = book.pending_bytes
         return not book.pending or flying + nbytes <= self.config.warm_bytes_in_flight
-
-    def _sources(self, block: BlockId, book: StoreBook, form: Format) -> tuple[str, ...]:
-        """Stores to read from, best first, then storage.
-
-        A store that compute keeps busy comes after all others. A reduced copy may be encoded by
-        the reader from a full one, its own before others'.
-        """
-        me, node = book.info.name, book.info.node
-        found: list[tuple[bool, int, int, int, str]] = []
-        turn = self._flat[block]
-        for copy in self._directory.of_block(block):
-            if copy.format is not form and copy.format not in LOSSLESS:
-                continue
-            if copy.store == me and copy.format is form:
-                continue
-            info = self._books[copy.store].info
-            away = 0 if copy.store == me else 1 + (info.node != node)
-            # Equal sources take turns by block, so that a warm-up reads from all of them.
-            pressed = self._outlook.pressed(copy.store)
-            rotated = (turn + info.incarnation) % 7
-            found.append((pressed, away, _NEAR[info.tier], rotated, copy.store))
-        found.sort()
-        names = dict.fromkeys(name for *_, name in found)
-        return (*list(names)[:_MOST_SOURCES], STORAGE)
 
     def _admit(self, copy: Copy, *, source: str, reason: Reason) -> None:
         """List a copy that exists, unless it breaks the budget or the precision floor."""
@@ -307,7 +319,7 @@ class Orders(ClusterLedger):
         """A worker may fill room that was claimed for the brain's own wishes: it comes first."""
         while book.pending and book.used_bytes + book.pending_bytes > book.capacity_bytes:
             flat, form = next(reversed(book.pending))
-            book.settle(flat, form)
+            self._settle(book, flat, form)
             book.break_promise(flat)
             self._note(
                 self.blocks[flat].block,
@@ -318,6 +330,7 @@ class Orders(ClusterLedger):
 
     def _forget(self, book: StoreBook) -> None:
         name = book.info.name
+        self._windows.end_all(name)
         for copy in self._directory.of_store(name):
             self._unlist(book, CopyKey(copy.block, name, copy.format))
             self._note(copy.block, f"lost {copy.format.value} with {name}", Reason.LOST, store=name)
@@ -331,7 +344,7 @@ class Orders(ClusterLedger):
         before = self._now_ns - self.config.transfer_timeout_ns
         late = [key for key, pending in book.pending.items() if pending.asked_ns <= before]
         for flat, form in late:
-            book.settle(flat, form)
+            self._settle(book, flat, form)
             book.break_promise(flat)
             book.retry_ns[flat, form] = self._now_ns + self.config.retry_ns
             self._note(
@@ -344,7 +357,7 @@ class Orders(ClusterLedger):
         for key in stuck:
             del book.dropping[key]
         if stuck:
-            book.forget_wishes()
+            self._forget_wishes(book)
         for key in [key for key, at_ns in book.retry_ns.items() if at_ns <= self._now_ns]:
             del book.retry_ns[key]
 

@@ -228,6 +228,10 @@ class Outlook:
         report = said.pressure if said is not None else None
         return report.used_bytes if report and self._fresh(report.now_ns, now_ns) else 0
 
+    def measured(self, source: str) -> bool:
+        """Whether somebody has measured what reading from this store costs."""
+        return any(source in said.rates for said in self._said.values())
+
     def link(self, source: str, tier: Tier) -> LinkSpec:
         """What reading from this store costs: the slowest that readers have measured.
 

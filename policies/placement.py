@@ -32,12 +32,17 @@ _MILLI = 1024
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """`book`'s store should get a copy of the block."""
+    """`book`'s store should get a copy of the block, by `due_ns` (0: some time).
+
+    `displaces` is the block whose copy it takes the place of, by a `Take` before it; -1: none.
+    """
 
     book: StoreBook
     flat: int
     format: Format
     reason: Reason
+    due_ns: int = 0
+    displaces: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +182,8 @@ def fill_worker(view: View, book: StoreBook) -> list[Put]:
     full, reduced = view.sizes.full, view.sizes.reduced
     share = view.config.hbm_reduced_ratio if view.may_reduce.any() else 0.0
     cut = _prefix(full, order, left - int(left * share))
-    puts = [Put(book, int(flat), Format.BF16, Reason.WARM) for flat in order[:cut]]
+    due_ns = view.now_ns + view.config.fill_ns
+    puts = [Put(book, int(flat), Format.BF16, Reason.WARM, due_ns) for flat in order[:cut]]
     left -= int(full[order[:cut]].sum())
     rest = order[cut:]
     if view.config.hbm_reduced_ratio <= 0:
@@ -189,7 +195,7 @@ def fill_worker(view: View, book: StoreBook) -> list[Put]:
     left -= int(reduced[offered].sum())
     others = rest[~np.isin(rest, offered)]
     more = others[: _prefix(full, others, left)]
-    puts += [Put(book, int(flat), Format.BF16, Reason.WARM) for flat in more]
+    puts += [Put(book, int(flat), Format.BF16, Reason.WARM, due_ns) for flat in more]
     for flats in (offered, refused):
         puts += [Put(book, int(flat), Format.INT8, Reason.DEMOTE) for flat in flats]
     return puts
@@ -237,7 +243,8 @@ def _stage(view: View, hosts: list[StoreBook], moves: list[Put | Take], *, left:
         book = room.take(int(flat))
         if book:
             reason = Reason.REPLICATE if copies[flat] else Reason.STAGE
-            moves.append(Put(book, int(flat), Format.BF16, reason))
+            due_ns = view.now_ns + view.config.payback_ns
+            moves.append(Put(book, int(flat), Format.BF16, reason, due_ns))
             left -= nbytes
     return left
 
@@ -254,6 +261,7 @@ def _swap(view: View, hosts: list[StoreBook], moves: list[Put | Take], *, left: 
     cxl_holds = view.copies(Tier.CXL)
     landed_cxl = view.copies(Tier.CXL, landed_only=True)
     spill = _Room(view, view.stays(Tier.CXL))
+    due_ns = view.now_ns + view.config.payback_ns
     victims = _cold_copies(view, hosts, copies)
     flat = next(hot, None)
     for worth, book, victim in victims:
@@ -273,7 +281,7 @@ def _swap(view: View, hosts: list[StoreBook], moves: list[Put | Take], *, left: 
         if view.sizes.full[flat] > view.sizes.full[victim]:
             continue
         moves.append(Take(book, victim, Reason.REBALANCE))
-        moves.append(Put(book, flat, Format.BF16, Reason.STAGE))
+        moves.append(Put(book, flat, Format.BF16, Reason.STAGE, due_ns, displaces=victim))
         left -= int(view.sizes.full[flat])
         copies[victim] -= 1
         flat = next(hot, None)

@@ -186,9 +186,10 @@ class Replanning(Orders):
             for flat, parts in shares_of(option.split, option.held, self._grid).items()
         }
         for worker, flat in option.adds:
-            workers[worker].kept.add(flat)
-            wish = Wish(flat, Format.BF16, Reason.REPLICATE, cause)
-            self._ask_kept(workers[worker], wish)
+            due_ns = self._now_ns + self.config.payback_ns
+            wish = Wish(flat, Format.BF16, Reason.REPLICATE, cause, due_ns)
+            if self._ask_kept(workers[worker], wish):
+                workers[worker].kept.add(flat)
 
     def _survey(self, workers: list[StoreBook]) -> Survey:
         names = tuple(book.info.name for book in workers)

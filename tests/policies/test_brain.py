@@ -430,9 +430,9 @@ def test_a_tick_over_fifteen_thousand_blocks_is_quick(layers: int) -> None:
             for info in brain.blocks
         )
         brain.handle(RouterCounts(now_ns=1, store="w0", counts=counts, tokens=4096))
-        start = time.perf_counter_ns()
+        start = time.process_time_ns()
         commands = brain.handle(Tick(now_ns=turn * 10**10))
-        spent.append(time.perf_counter_ns() - start)
+        spent.append(time.process_time_ns() - start)
         assert any(isinstance(command, StartTransfer | DropCopy) for command in commands)
-    # Measured at 3-4 ms; the bound leaves room for a busy machine.
+    # Measured at 6-8 ms of CPU; the bound leaves room for a machine whose caches others use.
     assert statistics.median(spent) < 40_000_000
