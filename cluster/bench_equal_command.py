@@ -1,4 +1,4 @@
-"""`hotset bench equal`: its options, and its figures as text. Decides and measures nothing."""
+"""`hotset bench equal` and `bench wire`: options, and figures as text. Measures nothing itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hotset.policies.guard import BUDGET_NATS
 
 if TYPE_CHECKING:
     from hotset.cluster.bench_equal import Equal, Side
+    from hotset.cluster.bench_wire import WireFigures
 
 
 @click.command("equal")
@@ -127,3 +128,90 @@ def _row(side: Side) -> tuple[str, ...]:
 def _spread(values: list[float], form: str) -> str:
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{form.format(middle)} ({form.format(low)}-{form.format(high)})"
+
+
+def _rates(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or min(rates) <= 0:
+        raise click.BadParameter(f"{text!r} is not a list of GB/s, for instance 0.3,1")
+    return rates
+
+
+@click.command("wire")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Hugging Face directory of a Mixture-of-Experts model",
+)
+@click.option(
+    "--rates",
+    callback=_rates,
+    default="0.125,0.3,1,3",
+    show_default=True,
+    metavar="GB/S,...",
+    help="rates to which the link is paced",
+)
+@click.option(
+    "--blocks",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="experts that are read",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="rounds of all rates and formats in turns; the median is printed",
+)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+def bench_wire_command(*, model: Path, as_json: bool, **options: Any) -> None:
+    """Time per block over a paced link: bf16 against packed and reduced formats."""
+    from dataclasses import asdict
+
+    from hotset.cluster.bench_wire import run_bench
+
+    found = run_bench(model, say=silent if as_json else say, **options)
+    click.echo(json.dumps(asdict(found)) if as_json else render_wire(found))
+
+
+def render_wire(found: WireFigures) -> str:
+    """The figures as text."""
+    rows = [
+        (
+            f"{row.link_gb_per_s:g}",
+            row.format,
+            plain.human_bytes(row.wire_bytes),
+            f"{row.block_us:.0f}",
+            f"{row.bound_us:.0f}",
+            f"{row.decode_us:.0f}",
+            f"{row.against_bf16:.2f}",
+            "yes" if row.same_bytes else "no",
+        )
+        for row in found.rows
+    ]
+    head = (
+        f"{found.model}: {found.blocks} blocks of {plain.human_bytes(found.block_bytes)}, median "
+        f"of {found.rounds} rounds\n{found.machine}\nlink: plain TCP in one process, emulated: "
+        "paced to the rate"
+    )
+    packs = ", ".join(
+        f"{rate} GB/s {'yes' if pays else 'no'}" for rate, pays in found.packs.items()
+    )
+    columns = (
+        "GB/s",
+        "format",
+        "on the wire",
+        "us/block",
+        "link alone",
+        "decode",
+        "of bf16",
+        "exact",
+    )
+    table = plain.table(columns, rows, left=2)
+    return "\n".join([head, "", *table, "", f"a live pool would pack: {packs}"])

@@ -14,7 +14,7 @@ import click
 
 from hotset import __version__
 from hotset.cluster.bench_trace import bench_trace_command
-from hotset.cluster.bench_equal_command import bench_equal_command
+from hotset.cluster.bench_equal_command import bench_equal_command, bench_wire_command
 from hotset.cluster.brain_commands import (
     bench_brain_command,
     bench_simulate_command,
@@ -391,6 +391,7 @@ bench.add_command(bench_simulate_command)
 bench.add_command(bench_formats_command)
 bench.add_command(bench_mix_command)
 bench.add_command(bench_equal_command)
+bench.add_command(bench_wire_command)
 bench.add_command(bench_trace_command)
 main.add_command(dashboard_command)
 main.add_command(grafana_command)
