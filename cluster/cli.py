@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from hotset import __version__
-from hotset.cluster.bench_trace import bench_trace_command
 from hotset.cluster.bench_equal_command import bench_equal_command, bench_wire_command
+from hotset.cluster.bench_trace import bench_trace_command
 from hotset.cluster.brain_commands import (
     bench_brain_command,
     bench_simulate_command,
@@ -26,6 +26,7 @@ from hotset.cluster.console import say, silent
 from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.formats_command import bench_formats_command
 from hotset.cluster.grafana import grafana_command
+from hotset.cluster.journal_command import journal_group
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay
 from hotset.cluster.top import top_command
@@ -299,6 +300,7 @@ main.add_command(replay)
 main.add_command(analyze_routing_command)
 main.add_command(record_command)
 main.add_command(simulate_command)
+main.add_command(journal_group)
 main.add_command(trace)
 
 
