@@ -59,6 +59,14 @@ class _Sight(NamedTuple):
     far: NDArray[np.float32]
 
 
+class _Above(NamedTuple):
+    """Candidates of a layer ahead."""
+
+    layer: int
+    near: NDArray[np.float32]
+    places: list[int]
+
+
 class DeviceResidency(DeviceTable):
     """Staged prediction for eviction and prefetch, under a budget of loads."""
 
@@ -100,6 +108,9 @@ class DeviceResidency(DeviceTable):
         self._paths: dict[int, Path] = {}
         self._usual = 0.0
         self._floor = 0.0
+        # Arrays, because numpy takes longer to convert a number than to multiply by it.
+        self._far_weight = np.full(size, _FAR_WEIGHT)
+        self._bar = np.zeros((), dtype=np.float32)
         self._mask = np.empty(size, dtype=np.bool_)
         self._most = config.prefetch_per_layer
         self._ahead = 1
@@ -173,8 +184,8 @@ class DeviceResidency(DeviceTable):
         odds = predictor.visit(path, row, now)
         size = self.num_experts
         own = odds[:size]
-        own *= _FAR_WEIGHT
-        np.copyto(self._far_of[row], own if len(self._paths) == 1 else self._joint(row))
+        own *= self._far_weight
+        self._far_of[row][...] = own if len(self._paths) == 1 else self._joint(row)
         if row + predictor.depth < self._rows:
             value, held, rank, far = self._sight[row]
             np.add(far, odds, out=value)
@@ -214,28 +225,33 @@ class DeviceResidency(DeviceTable):
     def _propose(self, row: int, *, odds: NDArray[np.float32], into: list[tuple[int, int]]) -> None:
         """Append what is worth fetching for the rows ahead, likeliest first."""
         bar = max(self._least_odds, self.budget.bar)
-        if self.used_bytes + self.full_nbytes > self.capacity_bytes:
-            bar = max(bar, self._floor)
-        size, mask = self.num_experts, self._mask
+        if self._floor > bar and self.used_bytes + self.full_nbytes > self.capacity_bytes:
+            bar = self._floor
+        self._bar[()] = bar
+        if self._ahead == 1:
+            layer, near, places = self._above(row, 1, odds=odds)
+            if len(places) > 1:
+                places.sort(key=near.item, reverse=True)
+                del places[self._most :]
+            into += [(layer, place) for place in places]
+            return
         found: list[tuple[float, int, int]] = []
         for distance in range(1, self._ahead + 1):
-            target = (row + distance) % self._rows
-            near = odds[distance * size : (distance + 1) * size]
-            np.greater(near, bar, out=mask)
-            np.logical_and(mask, self._absent_of[target], out=mask)
-            places = mask.nonzero()[0]
-            if places.size:
-                layer = self.layers[target]
-                chances = near.take(places).tolist()
-                found += [
-                    (chance, layer, place)
-                    for chance, place in zip(chances, places.tolist(), strict=True)
-                ]
-                if len(found) >= self._most:
-                    break
-        if found:
-            found.sort(reverse=True)
-            into += [(layer, expert) for _, layer, expert in found[: self._most]]
+            layer, near, places = self._above(row, distance, odds=odds)
+            found += [(near.item(place), layer, place) for place in places]
+            if len(found) >= self._most:
+                break
+        found.sort(reverse=True)
+        into += [(layer, expert) for _, layer, expert in found[: self._most]]
+
+    def _above(self, row: int, distance: int, *, odds: NDArray[np.float32]) -> _Above:
+        """Return the absent blocks of the row so far ahead whose odds beat the bar."""
+        target = (row + distance) % self._rows
+        size, mask = self.num_experts, self._mask
+        near = odds[distance * size : (distance + 1) * size]
+        np.greater(near, self._bar, out=mask)
+        mask &= self._absent_of[target]
+        return _Above(self.layers[target], near, mask.nonzero()[0].tolist())
 
     def victim(
         self, want_bytes: int, *, needed: Collection[tuple[int, int]] = ()

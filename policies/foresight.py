@@ -39,6 +39,8 @@ _CENTRE = np.float32(2.0)
 """Moves the logarithm of usual popularities to about 0, so that weights and bias do not fight."""
 _TOP = np.float32(15.0)
 """Largest log-odds: a certainty of 3e-7 off one, and no overflow."""
+_USUAL_EXPERTS = 16
+"""Visits of at most as many experts find room for their weights made."""
 _PRIOR_SELF = 1.0
 """Before anything is learnt: an expert that was used is likelier to be used again."""
 _PRIOR_POPULARITY = 0.3
@@ -107,6 +109,10 @@ class StagedPredictor:
         self._base_of = [self._base[row] for row in range(rows)]
         self._rebase()
         self._odds = np.empty(width, dtype=np.float32)
+        # Room for what a visit computes: making it anew costs more than the arithmetic.
+        self._told = np.empty(width, dtype=np.float32)
+        self._top = np.full(width, _TOP)
+        self._taken = [np.empty((count, width), np.float32) for count in range(_USUAL_EXPERTS + 1)]
         # n experts count 1 / sqrt(n) each, as a vector for the product with their weights.
         self._scales = [
             np.full(count, 1.0 / max(1, count) ** 0.5, dtype=np.float32)
@@ -127,18 +133,23 @@ class StagedPredictor:
         if row != path.row + 1:
             self._turn(path, row)
         path.row = row
-        scales = self._scales[len(now)]
-        told = np.dot(scales, self._of_row[row].take(now, axis=0))
-        np.copyto(path.far[row], self._base_of[row])
+        count = len(now)
+        scales = self._scales[count]
+        if count < len(self._taken):
+            taken = self._of_row[row].take(now, axis=0, out=self._taken[count], mode="clip")
+        else:
+            taken = self._of_row[row].take(now, axis=0)
+        far = path.far[row]
+        far[...] = self._base_of[row]
         estimate = path.sight[row]
-        estimate += told
+        estimate += scales.dot(taken, out=self._told)
         if row < self.depth:
-            np.copyto(path.beyond[row], path.far[row])
-        np.copyto(path.stages[1][row], estimate)
+            path.beyond[row][...] = far
+        path.stages[1][row][...] = estimate
         path.now[row] = now
         path.scale[1][row] = scales[0]
         odds = self._odds
-        np.minimum(estimate, _TOP, out=odds)
+        np.minimum(estimate, self._top, out=odds)
         return np.exp(odds, out=odds)
 
     def _turn(self, path: Path, row: int) -> None:

@@ -47,18 +47,22 @@ class LoadBudget:
             return
         absent = []
         for expert in experts:
-            if expert in recent:
-                del recent[expert]
+            if recent.pop(expert, absent) is None:
                 recent[expert] = None
             else:
                 absent.append(expert)
-        for expert in absent:
-            recent[expert] = None
-        for _ in range(len(recent) - self._slots):
-            del recent[next(iter(recent))]
+        if absent:
+            for expert in absent:
+                recent[expert] = None
+            for _ in range(len(recent) - self._slots):
+                del recent[next(iter(recent))]
         self._lru_loads += _MEMORY * (len(absent) - self._lru_loads)
 
     def loaded(self, count: int) -> None:
         """`count` loads were started for one layer of one step: move the bar."""
         bar = self.bar * (1.0 + _GAIN * (count - self.ratio * self._lru_loads))
-        self.bar = min(max(bar, _LOWEST), _HIGHEST)
+        if bar < _LOWEST:
+            bar = _LOWEST
+        elif bar > _HIGHEST:
+            bar = _HIGHEST
+        self.bar = bar

@@ -153,7 +153,7 @@ def sort_needs(
             arriving.append(expert)
         else:
             missing.append(expert)
-    if len(missing) > 1 and max(counts) > min(counts):
+    if len(missing) > 1 and counts.count(counts[0]) < len(counts):
         tokens = dict(zip(experts, counts, strict=True))
         missing.sort(key=lambda expert: -tokens[expert])
     return LayerPlan(resident, arriving, missing, [])
