@@ -1,15 +1,17 @@
-"""Wakes a thread on another core than the waker's.
+"""Keeps threads that shall work at the same time off each other's cores.
 
 In a virtual machine Linux may take an idle core, whose host has halted it, for one that the host
 has given to somebody else. Then it wakes a thread on the waker's core, where that one waits until
 the waker pauses or the next balancing comes, milliseconds later. Two threads that shall copy at the
-same time then take turns: reads of 64 MiB took 1.4 times as long. A hint in time costs 3 us.
+same time then take turns: reads of 64 MiB took 1.4 times as long. A hint in time costs 3 us
+(`Aside`); threads of one pool divide the cores once (`keep_to_share`).
 
 It knows no transfers. Where the system has no such call, nothing happens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -57,3 +59,16 @@ class Aside:
         except OSError:  # the thread has ended, or the cores are not ours any more
             self._tid = 0
         self._off = core
+
+
+def keep_to_share(number: int, of: int) -> None:
+    """On thread `number` of a pool of so many: keep to every so manieth core of those allowed.
+
+    Where there are fewer cores than threads, several threads keep to the same one.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    shares = min(of, len(cores))
+    with contextlib.suppress(OSError):  # the cores are not ours any more
+        os.sched_setaffinity(threading.get_native_id(), cores[number % shares :: shares])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WINDOW_NS: Final = 4_000_000
 WINDOW_MIN_BYTES: Final = 512 << 10
 WINDOW_MAX_BYTES: Final = 32 << 20
-FILE_WINDOW_MIN_BYTES: Final = 32 << 20  # a disk wants several long reads at once
+FILE_WINDOW_MIN_BYTES: Final = (32 << 20) + (128 << 10)  # a disk wants several long reads at once
 PIECE_MIN_BYTES: Final = 2 << 20  # of a fast link: below, its posts cost more than it saves
 FIRST_RATE: Final = 2_000_000_000  # bytes/s, until measured
 # Posts that copy in the call, to be shared out: room for 8 blocks, at last 2, of 1 MiB and headers.

@@ -16,6 +16,7 @@ and hash.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from hotset.errors import CheckpointError
-from hotset.transport.cores import Aside
+from hotset.transport.cores import keep_to_share
 from hotset.transport.files import Files
 from hotset.transport.header import CHUNK_BYTES, checksum, combine
 
@@ -156,9 +157,11 @@ class StorageReader:
         it; True does not ask the cache; False always goes through it.
         """
         self.pacer = pacer
-        self._asides: list[Aside] = []
+        numbers = itertools.count()
         self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="hotset-storage", initializer=self._begin_thread
+            threads,
+            thread_name_prefix="hotset-storage",
+            initializer=lambda: keep_to_share(next(numbers), threads),
         )
         self._files = Files(run_bytes=RUN_BYTES, direct=direct)
 
@@ -179,16 +182,9 @@ class StorageReader:
             for owner in range(len(items)):
                 self._close_item(job, owner)
             on_end(job)
-        for aside in self._asides[1:]:  # the first may have this core: whoever submits soon rests
-            aside.keep_off_this_core()
         for run in job.runs:
             self._pool.submit(self._carry_out, job, run)
         return job
-
-    def _begin_thread(self) -> None:
-        aside = Aside()
-        aside.here()
-        self._asides.append(aside)
 
     def read_ranges(self, ranges: Sequence[FileRange], into: memoryview) -> None:
         """Read ranges back to back into `into`, on this thread. Raises CheckpointError."""

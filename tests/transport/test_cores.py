@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 
 import pytest
 
-from hotset.transport.cores import Aside
+from hotset.transport.cores import Aside, keep_to_share
 
 CORES = os.sched_getaffinity(0)
 
@@ -51,3 +52,24 @@ def test_what_may_use_one_core_only_stays_there(monkeypatch: pytest.MonkeyPatch)
     aside.here()
     aside.keep_off_this_core()
     assert not asked
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_threads_of_a_pool_divide_the_cores(threads: int) -> None:
+    allowed = os.sched_getaffinity(0)
+    shares = min(threads, len(allowed))
+    found: list[set[int]] = []
+
+    def work(number: int) -> None:
+        keep_to_share(number, threads)
+        found.append(os.sched_getaffinity(0))
+
+    for number in range(threads):
+        thread = threading.Thread(target=work, args=(number,))
+        thread.start()
+        thread.join()
+    assert os.sched_getaffinity(0) == allowed, "only the thread itself is moved"
+    assert set().union(*found) == allowed
+    for one, other in itertools.combinations(found[:shares], 2):
+        assert not one & other
+    assert found[shares:] == [found[i % shares] for i in range(shares, threads)]
