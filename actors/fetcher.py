@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hotset.actors.observe import LinkSums
 from hotset.errors import HotsetError
+from hotset.policies.schedule import service_of
 from hotset.policies.types import FORMAT_CODES, LOSSLESS, STORAGE, BlockId, Format, Reason
 from hotset.transport.base import (
     Expect,
@@ -43,9 +44,6 @@ _DEADLINE_FLOOR_NS = 2_000_000_000
 _DEADLINE_FACTOR = 10
 # Small blocks share a transfer; a larger batch would make its first block wait for its last.
 _BATCH_BYTES = 4 << 20
-
-_PRIORITIES = {Reason.DEMAND: Priority.IMMINENT, Reason.PREFETCH: Priority.STAGING}
-"""All other reasons are the controller's: background."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +135,7 @@ class Fetcher:
         estimate = self._directory.cost(store).estimate_ns(nbytes)
         deadline = time.monotonic_ns() + _DEADLINE_FLOOR_NS + _DEADLINE_FACTOR * estimate
         first = group[0]
-        priority = _PRIORITIES.get(first.reason, Priority.BACKGROUND)
+        priority = Priority(service_of(first.reason))  # one order here and in the brain's windows
         try:
             if store == STORAGE:
                 ticket = self._engine.read_files(

@@ -3,7 +3,8 @@
 Its copies are what the controller asked for and nothing else; only their form may be a cheaper one
 to read, compressed without loss. Reads of it are one-sided, so a pool does nothing while it serves.
 A lossy copy comes from a store that has it, else it is made here from a full one that lies in the
-pool's one bench slot meanwhile. Must not know policy or Ray.
+pool's one bench slot meanwhile. Transfers go by service, then by deadline; one whose window has
+passed is refused. Must not know policy or Ray.
 
 Invariants: every command ends once (landed, or failed with a reason); the bench holds one block.
 """
@@ -11,11 +12,13 @@ Invariants: every command ends once (landed, or failed with a reason); the bench
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from hotset.actors.fetcher import Landing, Want
 from hotset.errors import HotsetError
+from hotset.policies.schedule import service_of
 from hotset.policies.types import (
     LOSSLESS,
     BlockId,
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from hotset.transport.slab import Slot
 
 MOST_IN_FLIGHT = 8
+_NEVER = 1 << 62
 
 
 class PoolCore:
@@ -85,6 +89,7 @@ class PoolCore:
             case StartTransfer():
                 with self._lock:
                     self._queue.append(command)
+                    self._queue.sort(key=_urgency)  # stable: equals in order of arrival
                 self._pump()
             case CancelTransfer():
                 self._cancel(command)
@@ -116,13 +121,16 @@ class PoolCore:
 
     def _pump(self) -> None:
         wants: list[Want] = []
-        refused: list[StartTransfer] = []
+        refused: list[tuple[StartTransfer, Reason]] = []
         with self._lock:
             waiting: list[StartTransfer] = []
             while self._queue and len(self._flying) < MOST_IN_FLIGHT:
                 command = self._queue.pop(0)
                 key = (command.block, command.format)
                 if key in self._flying or self._holds(*key):
+                    continue
+                if 0 < command.due_ns < time.time_ns():
+                    refused.append((command, Reason.VETO_LATE))
                     continue
                 if self._must_encode(command):
                     if self._bench_busy:
@@ -132,13 +140,13 @@ class PoolCore:
                 else:
                     want = self._to_slot(command)
                 if want is None:
-                    refused.append(command)
+                    refused.append((command, Reason.VETO_MEMORY))
                     continue
                 self._flying.add(key)
                 wants.append(want)
             self._queue = waiting + self._queue
-        for command in refused:
-            self._store.report_failure(command.block, command.format, reason=Reason.VETO_MEMORY)
+        for command, reason in refused:
+            self._store.report_failure(command.block, command.format, reason=reason)
         if wants:
             self._fetcher.start(wants)
 
@@ -273,3 +281,7 @@ class PoolCore:
         if failure is not None:
             self._store.report_failure(command.block, command.format, reason=failure)
         self._pump()
+
+
+def _urgency(command: StartTransfer) -> tuple[int, int]:
+    return service_of(command.reason), command.due_ns or _NEVER

@@ -228,8 +228,8 @@ class CopyDropped:
 class TransferFailed:
     """A transfer that the brain had asked for ended without a copy.
 
-    `reason` is VETO_MEMORY when the store had no room, CANCELLED when the brain had withdrawn it,
-    STALE, TIMEOUT or LOST otherwise.
+    `reason` is VETO_MEMORY when the store had no room, VETO_LATE when its window had passed before
+    it began, CANCELLED when the brain had withdrawn it, STALE, TIMEOUT or LOST otherwise.
     """
 
     now_ns: int

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hotset.actors.pool import PoolCore
+from hotset.actors.pool import MOST_IN_FLIGHT, PoolCore
 from hotset.policies.types import (
     STORAGE,
     BlockId,
@@ -98,3 +100,22 @@ def test_it_drops_and_may_fill_again(node: Node, catalog: Catalog) -> None:
     (again,) = ended(core, node)
     assert isinstance(again, CopyLanded)
     assert again.copy.generation > landed.copy.generation
+
+
+def test_a_window_that_has_passed_is_refused_and_the_urgent_go_first(
+    node: Node, catalog: Catalog
+) -> None:
+    core = core_of(node)
+    late, soon, some_time = list(catalog.blocks)[:3]
+    core._flying = {(block, Format.INT8) for block in list(catalog.blocks)[:MOST_IN_FLIGHT]}
+    now_ns = time.time_ns()
+    core.command(replace(asked(some_time), reason=Reason.STAGE))
+    core.command(replace(asked(soon), due_ns=now_ns + 10**12))
+    core.command(replace(asked(late), due_ns=now_ns - 1))
+    assert [one.block for one in core._queue] == [late, soon, some_time]
+    core._flying.clear()
+    core._pump()
+    events = ended(core, node)
+    (failed,) = [one for one in events if isinstance(one, TransferFailed)]
+    assert (failed.block, failed.reason) == (late, Reason.VETO_LATE)
+    assert {one.copy.block for one in events if isinstance(one, CopyLanded)} == {soon, some_time}

@@ -98,8 +98,7 @@ class ClusterModel:
             case CancelTransfer():
                 return self._give_up(command)
             case ChangeFormat() if works:
-                dropped = self._dropped(command, command.format)
-                return dropped + self._landed(command, command.into, source=command.store)
+                return self._change(command)
             case ChangeFormat():
                 return self._failed(command, command.into, reason=Reason.STALE)
             case StartTransfer() if works:
@@ -107,10 +106,20 @@ class ClusterModel:
                 return self._landed(command, command.format, source=command.sources[0])
         return self._failed(command, command.format, reason=Reason.TIMEOUT)
 
-    def make_room(self, command: StartTransfer) -> None:
+    def _change(self, command: ChangeFormat) -> list[Command]:
+        """A promotion makes before it breaks; a demotion is made of the copy that it replaces."""
+        if command.into is Format.BF16:
+            self.make_room(command)
+            landed = self._landed(command, command.into, source=command.store)
+            return landed + self._dropped(command, command.format)
+        dropped = self._dropped(command, command.format)
+        return dropped + self._landed(command, command.into, source=command.store)
+
+    def make_room(self, command: StartTransfer | ChangeFormat) -> None:
         """A worker gives up what no plan has asked it to keep, as it does for its own fetches."""
         (info,) = [store for store in self.brain.stores() if store.name == command.store] or [None]
-        if info is None or info.tier is not Tier.HBM or command.reason is not Reason.REPLICATE:
+        own = isinstance(command, ChangeFormat) or command.reason is Reason.REPLICATE
+        if info is None or info.tier is not Tier.HBM or not own:
             return
         if self.brain.used_bytes(info.name) + SLOT <= info.capacity_bytes:
             return
@@ -119,7 +128,10 @@ class ClusterModel:
         victim = min(
             (copy for copy in mine if copy.block not in kept),
             key=lambda copy: (copy.block.index == 0, copy.block),
+            default=None,
         )
+        if victim is None:
+            return
         self.send(
             CopyDropped(
                 now_ns=self.now_ns, store=info.name, block=victim.block, format=victim.format,
