@@ -335,7 +335,9 @@ class TokenPath:
             return best
         form = self._choice.fetched(BlockId(layer, expert))
         size = codec(form).nbytes(self._catalog.layout)
-        sources = self._directory.sources(BlockId(layer, expert), fmt=form, nbytes=size)
+        sources = self._directory.sources(
+            BlockId(layer, expert), fmt=form, nbytes=size, look_again=False
+        )
         choice = move_tokens_or_weights(
             rows,
             dispatch_ns=self._directory.dispatch(best).estimate_ns(nbytes),

@@ -45,7 +45,7 @@ class LoadBudget:
         recent = self._recent[row]
         if recent is None:
             return
-        absent = []
+        absent: list[int] = []
         for expert in experts:
             if recent.pop(expert, absent) is None:
                 recent[expert] = None

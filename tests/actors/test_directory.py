@@ -81,3 +81,27 @@ def test_sources_are_ordered_by_what_links_have_cost() -> None:
     directory.set_tiers({"b": Tier.HOST})
     assert directory.tier("b") is Tier.HOST
     assert directory.tier(STORAGE) is None
+
+
+def test_a_dear_source_is_read_again_for_a_sixteenth_of_the_time() -> None:
+    directory = view(copy("a"), copy("b"))
+    for _ in range(20):
+        directory.cost("a").observe(NBYTES, elapsed_ns=1_000_000)
+        directory.cost("b").observe(NBYTES, elapsed_ns=4_000_000)
+    first = [stores(directory)[0] for _ in range(64 * 4)]
+    price = {name: directory.cost(name).estimate_ns(NBYTES) for name in ("a", "b")}
+    assert 1 <= first.count("b") <= len(first) * price["a"] / price["b"] / 16 + 1
+    for _ in range(4000):  # whatever made it slow is over: its price follows, and it wins
+        if stores(directory)[0] == "b":
+            directory.cost("b").observe(NBYTES, elapsed_ns=500_000)
+    assert stores(directory)[0] == "b"
+
+
+def test_prices_are_asked_for_without_trying_anything() -> None:
+    directory = view(copy("a"), copy("b"))
+    for _ in range(20):
+        directory.cost("a").observe(NBYTES, elapsed_ns=1_000_000)
+        directory.cost("b").observe(NBYTES, elapsed_ns=4_000_000)
+    for _ in range(500):
+        asked = directory.sources(BLOCK, fmt=Format.BF16, nbytes=NBYTES, look_again=False)
+        assert asked[0].store == "a"
