@@ -25,6 +25,7 @@ from hotset.actors.messages import Rows, encode
 from hotset.actors.ring import SwitchedRing
 from hotset.actors.store import Store
 from hotset.blocks.checkpoint import Catalog
+from hotset.blocks.lowrank import install, read_bases
 from hotset.policies.types import Format, StoreInfo, Tier
 from hotset.transport.base import LinkProfile  # noqa: TC001 - msgspec reads annotations
 from hotset.transport.engine import Engine
@@ -62,6 +63,7 @@ class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
     token: bytes = b""
     formats: dict[str, int] = msgspec.field(default_factory=dict)
     packs: bool = False
+    bases: str = ""  # file of the bases that `lowrank` needs
 
     def reduced_sizes(self) -> tuple[int, ...]:
         """Payload sizes below the full one, a class of slots for each."""
@@ -108,6 +110,8 @@ class Assembly:
         """Open the catalog, reserve the memory, start the engine. Joins nobody yet."""
         self.spec = spec
         self.catalog = Catalog.open(spec.model)
+        if spec.bases:
+            install(read_bases(spec.bases, checkpoint=spec.digest))
         self.incarnation = time.time_ns()
         self.node = ray.get_runtime_context().get_node_id()
         self.slab = Slab(

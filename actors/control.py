@@ -459,7 +459,7 @@ def best_states(copies: Iterable[Copy], *, tiers: dict[str, Tier], blocks: int) 
     """Count blocks by the state of their copy that is nearest to compute; the sum is `blocks`."""
     best: dict[BlockId, str] = {}
     for copy in copies:
-        state = State.STAGED
+        state = State.RECOMPUTABLE if copy.format is Format.LOWRANK else State.STAGED
         if tiers.get(copy.store) is Tier.HBM:
             state = state_of(copy.format)
         best[copy.block] = min(best.get(copy.block, state.value), state.value)

@@ -36,6 +36,7 @@ class QualitySpec(msgspec.Struct, frozen=True, kw_only=True):
     plan: bytes
     budget_nats: float
     gamma: float
+    bases: str = ""  # file of the bases that `lowrank` needs
 
     def meter(self) -> DriftMeter:
         """A drift meter with everything at full precision."""

@@ -78,6 +78,11 @@ class LowRankCodec(BodyCodec):
         }
         self._moved: dict[tuple[int, torch.device], torch.Tensor] = {}
 
+    @property
+    def bases(self) -> int:
+        """How many bases there are."""
+        return len(self._bases)
+
     def body_nbytes(self, layout: BlockLayout) -> int:
         """As `BodyCodec.body_nbytes`: exact."""
         return list(self._places(layout))[-1].end

@@ -63,7 +63,8 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
     the true KL of whole mixes over the sum of their damages, `optimism_upper` its 95 % bound.
     `router_nats` is the same as `nats` by router-weighted output error, at the level that was
     measured for each layer and format: a second opinion on which blocks come first. Empty in files
-    of versions that had none.
+    of versions that had none. `bases` names the file beside this one that `lowrank` needs; empty
+    where it was not offered.
     """
 
     version: int
@@ -82,6 +83,7 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
     optimism: float
     optimism_upper: float
     router_nats: list[list[list[float]]] = []
+    bases: str = ""
 
     @property
     def damage(self) -> Floats:
@@ -152,11 +154,18 @@ def _wrong(table: SensitivityTable) -> str:
         [len(cell) for cell in row] != [formats] * experts for row in table.nats
     ):
         return f"nats is not {layers} x {experts} x {formats}"
-    if table.router_nats and np.shape(table.router_nats) != (layers, experts, formats):
-        return f"router_nats is not {layers} x {experts} x {formats}"
     if len(table.nbytes) != formats:
         return "nbytes must give a size for each format"
-    return _wrong_value(table)
+    return _wrong_addition(table) or _wrong_value(table)
+
+
+def _wrong_addition(table: SensitivityTable) -> str:
+    shape = (len(table.layers), table.num_experts, len(table.formats))
+    if table.router_nats and np.shape(table.router_nats) != shape:
+        return f"router_nats is not {shape[0]} x {shape[1]} x {shape[2]}"
+    if Path(table.bases).name != table.bases or ("lowrank" in table.formats) != bool(table.bases):
+        return "bases must name a file beside this one exactly where lowrank was measured"
+    return ""
 
 
 def _wrong_value(table: SensitivityTable) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from hotset.errors import ConfigError
 from hotset.policies.allocate import Costs, allocate, caps
 from hotset.policies.drift import Budget, DriftMeter
@@ -82,8 +84,9 @@ def run_calibrate(  # noqa: PLR0913 - one option each
     seed: int,
     threads: int,
     say: Callable[[str], None],
+    bases: str = "",
 ) -> SensitivityTable:
-    """Measure. Raises ConfigError and CheckpointError."""
+    """Measure. Raises ConfigError and CheckpointError. `bases` is the name of their file."""
     import torch
 
     from hotset.blocks.calibrate import Calibration, Settings
@@ -104,7 +107,7 @@ def run_calibrate(  # noqa: PLR0913 - one option each
         say=say,
     )
     try:
-        return run.run()
+        return msgspec.structs.replace(run.run(), bases=bases)
     finally:
         meter.close()
 
@@ -134,6 +137,29 @@ def _costs(
 
 def _sizes(meter: KLMeter, formats: tuple[str, ...]) -> tuple[int, ...]:
     return (meter.catalog.block_nbytes, *(meter.nbytes(form) for form in formats))
+
+
+def offered(
+    model: Path, formats: tuple[str, ...], *, out: Path, say: Callable[[str], None]
+) -> tuple[tuple[str, ...], str]:
+    """Measure whether experts may be kept as base and difference; say so with the figures.
+
+    Gives the formats to measure, `lowrank` among them where it pays, and the name of the file with
+    the bases, which is written beside `out`.
+    """
+    from hotset.blocks.checkpoint import Catalog
+    from hotset.blocks.lowrank import install, write_bases
+    from hotset.blocks.lowrank_measure import measure
+
+    found, bases = measure(Catalog.open(model))
+    say(found.render())
+    if bases is None:
+        return formats, ""
+    install(bases)
+    path = out.with_suffix(".bases.safetensors")
+    write_bases(bases, path)
+    say(f"wrote {path}")
+    return (*formats, "lowrank"), path.name
 
 
 def lossy_formats(text: str) -> tuple[str, ...]:

@@ -71,21 +71,25 @@ def calibrate_command(  # noqa: PLR0913 - one option each
     from hotset.blocks.sensitivity_table import write_table
     from hotset.cluster.calibrate import (
         lossy_formats,
+        offered,
         parse_duration_ns,
         render,
         run_calibrate,
         summary,
     )
 
+    said = silent if as_json else say
+    chosen, bases = offered(model, lossy_formats(formats), out=out, say=said)
     table = run_calibrate(
         model,
         text=text,
-        formats=lossy_formats(formats),
+        formats=chosen,
+        bases=bases,
         budget_nats=nats,
         time_ns=parse_duration_ns(duration),
         seed=seed,
         threads=threads,
-        say=silent if as_json else say,
+        say=said,
     )
     write_table(table, out)
     if as_json:

@@ -26,7 +26,7 @@ from hotset.actors.telemetry import TelemetrySpec, Totals
 from hotset.actors.worker import WorkerSpec, remote_classes
 from hotset.blocks.formats import codec
 from hotset.cluster.config import PROFILES, RunConfig, Sizes, new_run_dir, sizes
-from hotset.cluster.quality import planned_formats, read_quality
+from hotset.cluster.quality import bases_nbytes, planned_formats, read_quality
 from hotset.errors import ClusterError
 from hotset.policies.types import Format, Tier
 from hotset.transport.token import load_token, make_token
@@ -221,6 +221,7 @@ class Deployment:
             reduced_nbytes=_reduced_nbytes(self.catalog),
             formats=planned_formats(self.quality),
             packs=tier is Tier.CXL and self.config.wire == "auto",
+            bases=self.quality.bases if self.quality else "",
             telemetry=self._telemetry_for(node),
             device=self.config.device if tier is Tier.HBM else "cpu",
             link=PROFILES[self.config.cxl_profile] if tier is Tier.CXL else None,
@@ -315,6 +316,8 @@ def prepare(config: RunConfig, *, run: str, say: Callable[[str], None]) -> Deplo
     catalog = Catalog.open(config.model)
     reduced_nbytes = _reduced_nbytes(catalog)
     size = sizes(config, catalog, reduced_nbytes=reduced_nbytes)
+    kept = bases_nbytes(config, catalog)
+    size = size.model_copy(update={"hbm_bytes": max(size.slot_bytes, size.hbm_bytes - kept)})
     quality = read_quality(
         config, catalog, reduced_nbytes=reduced_nbytes, capacity_bytes=size.hbm_bytes
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotset.actors.quality import QualitySpec
+from hotset.blocks.lowrank import install, read_bases
 from hotset.blocks.sensitivity_table import read_table
 from hotset.cluster.calibrate import budget_of, costs_of
 from hotset.policies.formatplan import plan_formats
@@ -19,6 +20,8 @@ from hotset.policies.types import Format
 from hotset.transport.slab import part_bytes, slot_parts, slot_stride
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hotset.blocks.checkpoint import Catalog
     from hotset.cluster.config import RunConfig
     from hotset.policies.formatplan import FormatPlan
@@ -34,6 +37,7 @@ def read_quality(
     if config.sensitivity is None:
         return None
     table = read_table(config.sensitivity, checkpoint=catalog.digest)
+    bases = bases_of(config, catalog)
     costs = costs_of(table)
     nats = BUDGET_NATS if config.quality_budget is None else config.quality_budget
     budget = budget_of(table, nats=nats)
@@ -61,7 +65,25 @@ def read_quality(
         plan=_codes(plan, costs.formats),
         budget_nats=nats,
         gamma=budget.gamma,
+        bases=str(bases or ""),
     )
+
+
+def bases_of(config: RunConfig, catalog: Catalog) -> Path | None:
+    """The file of bases that goes with the sensitivity file, if `lowrank` was offered."""
+    if config.sensitivity is None:
+        return None
+    table = read_table(config.sensitivity, checkpoint=catalog.digest)
+    return config.sensitivity.resolve().with_name(table.bases) if table.bases else None
+
+
+def bases_nbytes(config: RunConfig, catalog: Catalog) -> int:
+    """Bytes of device memory that a worker keeps the bases in. Raises as `read_bases` does."""
+    path = bases_of(config, catalog)
+    if path is None:
+        return 0
+    found = install(read_bases(path, checkpoint=catalog.digest))
+    return found.bases * catalog.block_nbytes
 
 
 def planned_formats(quality: QualitySpec | None) -> dict[str, int]:

@@ -162,7 +162,9 @@ class ClusterLedger:
             return state_of(Format.BF16 if Format.BF16 in here else here[0])
         if book.pending and any((flat, form) in book.pending for form in _FORMATS):
             return State.IN_FLIGHT
-        return State.STAGED if copies else State.STORED
+        if not copies:
+            return State.STORED
+        return State.RECOMPUTABLE if book.worker and _only_parts(copies) else State.STAGED
 
     def census(self, store: str) -> dict[State, int]:
         """Return the number of blocks in each state at a store; they add up to all blocks."""
@@ -173,12 +175,23 @@ class ClusterLedger:
         listed = self._directory.blocks()
         counts[State.STAGED] = listed
         counts[State.STORED] = len(self.blocks) - listed
+        parts = self._in_parts() if book.worker else set()
+        counts[State.RECOMPUTABLE] = len(parts)
+        counts[State.STAGED] -= len(parts)
         here = {copy.block for copy in self._directory.of_store(store)}
         moving = {self.blocks[flat].block for flat, _ in book.pending} - here
         for block in sorted(here | moving):
             counts[self.state(block, store)] += 1
-            counts[State.STAGED if self._directory.has(block) else State.STORED] -= 1
+            elsewhere = State.RECOMPUTABLE if block in parts else State.STAGED
+            counts[elsewhere if self._directory.has(block) else State.STORED] -= 1
         return counts
+
+    def _in_parts(self) -> set[BlockId]:
+        """Blocks of which only low-rank differences are listed: rebuilt when needed (S7)."""
+        if Format.LOWRANK not in self.config.formats.values():
+            return set()
+        found = {copy.block for copy in self._directory if copy.format is Format.LOWRANK}
+        return {block for block in found if _only_parts(self._directory.of_block(block))}
 
     def popularity(self) -> NDArray[np.float64]:
         """Aged tokens by block, [blocks], in the order of `blocks`."""
@@ -340,3 +353,7 @@ class ClusterLedger:
         assert not set(wished) & set(book.pending), name  # noqa: S101 - our own bugs
         census = self.census(name)
         assert sum(census.values()) == len(self.blocks), census  # noqa: S101 - our own bugs
+
+
+def _only_parts(copies: Sequence[Copy]) -> bool:
+    return all(copy.format is Format.LOWRANK for copy in copies)

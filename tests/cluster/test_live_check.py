@@ -33,10 +33,15 @@ TOKENS = 40
 SMALL = {"workers": 1, "host_pools": 1, "cxl_pools": 0, "host_ratio": 1.0, "hbm_ratio": 0.2}
 
 
-def zeros(path: Path) -> Path:
+def zeros(
+    path: Path,
+    *,
+    model: Path = DEMO,
+    formats: tuple[str, ...] = ("int8", "int4", "int3", "int2"),
+    bases: str = "",
+) -> Path:
     """A sensitivity file that is deliberately wrong: nothing costs anything."""
-    catalog = Catalog.open(DEMO)
-    formats = ("int8", "int4", "int3", "int2")
+    catalog = Catalog.open(model)
     layers, experts = len(catalog.layers), catalog.num_experts
     table = SensitivityTable(
         version=VERSION,
@@ -54,6 +59,7 @@ def zeros(path: Path) -> Path:
         mixes=(),
         optimism=1.0,
         optimism_upper=1.0,
+        bases=bases,
     )
     write_table(table, path)
     return path
