@@ -22,6 +22,7 @@ import numpy as np
 from hotset.policies import placement
 from hotset.policies.books import StoreBook
 from hotset.policies.directory import CopyKey
+from hotset.policies.guard import is_lossless
 from hotset.policies.reformat import fill_planned, reformat, stage_planned
 from hotset.policies.replanning import Replanning
 from hotset.policies.schedule import Service, service_of
@@ -199,8 +200,11 @@ class ClusterBrain(Replanning):
         flat = self._flat.get(copy.block)
         if book is None or flat is None:
             return
-        self._settle(book, flat, copy.format)
-        book.retry_ns.pop((flat, copy.format), None)
+        came = copy.format
+        if is_lossless(came) and (flat, came) not in book.pending:
+            came = Format.BF16  # what was asked for in full may come compressed
+        self._settle(book, flat, came)
+        book.retry_ns.pop((flat, came), None)
         self._admit(copy, source=event.source, reason=event.reason)
         book.break_promise(flat)
         self._pump(book)

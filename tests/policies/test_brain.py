@@ -436,3 +436,15 @@ def test_a_tick_over_fifteen_thousand_blocks_is_quick(layers: int) -> None:
         assert any(isinstance(command, StartTransfer | DropCopy) for command in commands)
     # Measured at 6-8 ms of CPU; the bound leaves room for a machine whose caches others use.
     assert statistics.median(spent) < 40_000_000
+
+
+def test_a_copy_that_comes_compressed_without_loss_is_the_one_that_was_asked_for() -> None:
+    model = ClusterModel.of(layers=1, experts=2)
+    model.join("h0", Tier.HOST, slots=2)
+    command = next(one for one in model.todo if isinstance(one, StartTransfer))
+    copy = model.copy(command.block, store="h0", form=Format.BF16Z)
+    model.send(CopyLanded(now_ns=1, copy=copy, reason=command.reason, source=STORAGE))
+    assert model.brain.pending() == 1
+    model.todo.remove(command)
+    model.settle()
+    assert model.brain.settled()
