@@ -67,7 +67,7 @@ from hotset.policies.types import (
     StartTransfer,
     State,
 )
-from hotset.transport.slab import part_bytes, slot_parts, slot_stride
+from hotset.transport.slots import part_bytes, slot_parts, slot_stride
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

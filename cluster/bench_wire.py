@@ -27,7 +27,8 @@ from hotset.transport.base import Expect, LinkProfile, ReadItem, Status
 from hotset.transport.engine import Engine
 from hotset.transport.header import checksum
 from hotset.transport.records import Ring
-from hotset.transport.slab import Slab, slot_stride
+from hotset.transport.slab import Slab
+from hotset.transport.slots import slot_stride
 from hotset.transport.tcp import TcpBackend
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hotset.errors import ConfigError
 from hotset.policies.config import PAYBACK_NS, PLAN_NS
 from hotset.policies.residency import LIVE_POLICIES
 from hotset.transport.base import LinkProfile
-from hotset.transport.slab import slot_stride
+from hotset.transport.slots import slot_stride
 
 if TYPE_CHECKING:
     from hotset.blocks.checkpoint import Catalog

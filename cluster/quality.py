@@ -17,7 +17,7 @@ from hotset.cluster.calibrate import budget_of, costs_of
 from hotset.policies.formatplan import plan_formats
 from hotset.policies.guard import BUDGET_NATS
 from hotset.policies.types import Format
-from hotset.transport.slab import part_bytes, slot_parts, slot_stride
+from hotset.transport.slots import part_bytes, slot_parts, slot_stride
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Final
 from hotset.errors import ConfigError, InvalidTransition
 from hotset.transport.header import HEADER_BYTES, VOID, Header, pack, pack_progress
 from hotset.transport.memory import DeviceMemory, HostMemory, Memory
+from hotset.transport.slots import part_bytes, slot_bytes, slot_parts, slot_stride
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from hotset.transport.base import Expect
 
-ALIGN: Final = 64  # bytes; payloads start on a cache line
 SCRATCH_CELLS: Final = 64
 
 
@@ -67,33 +67,6 @@ class Slot:
     def payload_offset(self) -> int:
         """Offset of the payload's first byte in the slab."""
         return self.offset + HEADER_BYTES
-
-
-def slot_stride(slot_payload_bytes: int, *reduced_payload_bytes: int | None) -> int:
-    """Bytes of one super-slot, headers included: what one full-size copy costs of a budget.
-
-    It has room for two copies of the largest reduced size.
-    """
-    full = HEADER_BYTES + _round(slot_payload_bytes)
-    reduced = [nbytes for nbytes in reduced_payload_bytes if nbytes is not None]
-    if not reduced:
-        return full
-    half = HEADER_BYTES + _round(max(reduced))
-    return 2 * max(half, -(-full // (2 * ALIGN)) * ALIGN)
-
-
-def slot_parts(nbytes: int, *, stride: int) -> int:
-    """How many payloads of `nbytes` one super-slot of `stride` bytes serves, at least one."""
-    return max(1, stride // (HEADER_BYTES + _round(nbytes)))
-
-
-def part_bytes(parts: int, *, stride: int) -> int:
-    """Bytes of one of the equal parts of a super-slot, header included: what a copy costs."""
-    return stride // parts // ALIGN * ALIGN
-
-
-def _round(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
 
 
 class Slab:
@@ -373,7 +346,7 @@ class Slab:
 
     def _class(self, nbytes: int) -> int:
         """The most parts of a super-slot that each hold a payload of `nbytes`."""
-        need = HEADER_BYTES + _round(nbytes)
+        need = slot_bytes(nbytes)
         return next((parts for parts in self._classes if need <= self._size[parts]), 1)
 
     def _length(self, slot: Slot, nbytes: int | None) -> int:

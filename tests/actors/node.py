@@ -18,7 +18,8 @@ from hotset.policies.types import BlockId, Format, Reason, StoreInfo, Tier
 from hotset.transport.engine import Engine
 from hotset.transport.loopback import LoopbackBackend, LoopbackNetwork
 from hotset.transport.records import Ring
-from hotset.transport.slab import Slab, Slot, slot_stride
+from hotset.transport.slab import Slab, Slot
+from hotset.transport.slots import slot_stride
 from hotset.transport.storage import StorageReader
 
 if TYPE_CHECKING:

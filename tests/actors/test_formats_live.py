@@ -33,7 +33,7 @@ from hotset.policies.types import (
 from hotset.transport.base import LinkProfile
 from hotset.transport.inbox import Inbox
 from hotset.transport.loopback import Fault
-from hotset.transport.slab import part_bytes, slot_parts
+from hotset.transport.slots import part_bytes, slot_parts
 from tests.actors.node import DEADLINE_S, Node, truth
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from hotset.errors import ConfigError, InvalidTransition
 from hotset.transport.base import Expect
 from hotset.transport.header import HEADER_BYTES, Header, checksum, matches
 from hotset.transport.memory import DeviceMemory, HostMemory
-from hotset.transport.slab import Slab, Slot, SlotState, slot_stride
+from hotset.transport.slab import Slab, Slot, SlotState
+from hotset.transport.slots import slot_stride
 
 U64 = st.integers(0, 2**64 - 1)
 HEADERS = st.builds(
