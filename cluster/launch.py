@@ -296,7 +296,8 @@ class Deployment:
             quality=self.quality,
             mode=config.mode,
             telemetry=telemetry_name(self.run, "head" if "head" in nodes else nodes[0]),
-            plan_ns=int(config.plan_s * 1e9),
+            # Replicas level tokens that go to peers; where none do, there is nothing to plan.
+            plan_ns=int(config.plan_s * 1e9) if config.move != "weights" else 0,
             payback_ns=int(config.payback_s * 1e9),
         )
 
