@@ -57,7 +57,9 @@ class WeightViews:
         coder = codec(held.format)
         if coder.direct and rows <= _DIRECT_ROWS:
             return coder.views(self._payload(held), layout)
-        return view_weights(self.decoded(held), layout)
+        self.decoded(held)
+        views: ExpertWeights = self._local.views
+        return views
 
     def decoded(self, held: Held) -> torch.Tensor:
         """Full-precision bytes of a held copy, in this thread's scratch."""
@@ -67,6 +69,7 @@ class WeightViews:
             device = self._slab.torch_view(held.slot, 1).device
             scratch = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
             self._local.scratch = scratch
+            self._local.views = view_weights(scratch, layout)
         began_ns = time.monotonic_ns()
         # The slot's checksum was verified when it landed, or the copy was made here.
         codec(held.format).decode(self._payload(held), layout, scratch, verified=True)

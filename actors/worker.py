@@ -95,6 +95,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
         lossy = self.quality is not None and self.quality.budget_nats > 0
         return lossy and self.live_check_ratio > 0
 
+    @property
+    def decodes(self) -> bool:
+        """Whether compute needs a scratch slot for formats that it cannot read."""
+        return self.quality is not None and bool(self.quality.planned())
+
 
 class GPUWorker:
     """Serves requests with experts that may be anywhere."""
@@ -120,7 +125,8 @@ class GPUWorker:
                 full_nbytes=stride,
                 reduced_nbytes=stride // 2,
                 capacity_bytes=self._parts.slab.capacity_bytes
-                - (stride if self._spec.live_check else 0),  # the live check's own slot
+                # The live check's own slot, and the room that decoding takes beside the slab.
+                - stride * (self._spec.live_check + self._spec.decodes),
                 nbytes={
                     form: part_bytes(slot_parts(nbytes, stride=stride), stride=stride)
                     for form, nbytes in sizes.items()

@@ -119,7 +119,8 @@ class Sizes(BaseModel):
 def sizes(config: RunConfig, catalog: Catalog, *, reduced_nbytes: int) -> Sizes:
     """Bytes for each store. Raises ConfigError when a worker could not run one layer.
 
-    A worker must hold the experts of one token in one layer at once: `top_k` slots.
+    A worker must hold the experts of one token in one layer at once: `top_k` slots. Where formats
+    are planned it gives up two more: one to decode into, one for the live check.
     """
     slot = slot_stride(catalog.block_nbytes, reduced_nbytes)
     blocks = len(catalog.blocks)
@@ -127,14 +128,13 @@ def sizes(config: RunConfig, catalog: Catalog, *, reduced_nbytes: int) -> Sizes:
         slots = config.hbm_bytes // slot
     else:
         slots = math.floor(blocks * config.hbm_ratio)
-    if slots < catalog.top_k:
-        need = catalog.top_k / blocks
+    least = catalog.top_k + (0 if config.sensitivity is None else 2)
+    if slots < least:
         raise ConfigError(
-            f"the worker's budget holds {slots} experts, one layer of one token needs "
-            f"{catalog.top_k}",
-            remedy=f"use --hbm-ratio {math.ceil(need * 1000) / 1000} or more"
+            f"the worker's budget holds {slots} experts, one layer of one token needs {least}",
+            remedy=f"use --hbm-ratio {math.ceil(least / blocks * 1000) / 1000} or more"
             if config.hbm_bytes is None
-            else f"use --hbm-bytes {catalog.top_k * slot} or more",
+            else f"use --hbm-bytes {least * slot} or more",
         )
     return Sizes(
         slot_bytes=slot,

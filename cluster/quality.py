@@ -50,7 +50,7 @@ def read_quality(
             Format(name): part_bytes(slot_parts(nbytes, stride=stride), stride=stride)
             for name, nbytes in sizes.items()
         },
-        capacity_bytes=capacity_bytes - stride,  # the live check's own slot
+        capacity_bytes=capacity_bytes - 2 * stride,  # the live check's slot, and a scratch slot
         budget=budget,
         floors={layer: Format(name) for layer, name in config.floors.items()},
         default_floor=Format(config.default_floor) if config.default_floor else None,
