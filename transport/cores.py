@@ -33,13 +33,17 @@ _getcpu: Final = _find_getcpu()
 
 
 class Aside:
-    """One thread, as those see it who wake it."""
+    """One thread, as those see it who wake it and work beside it.
+
+    Not thread-safe but for `here`: callers take turns.
+    """
 
     def __init__(self) -> None:
         """Know no thread yet."""
         self._tid = 0
         self._allowed: set[int] = set()
         self._off = -1
+        self._waker: tuple[int, set[int]] | None = None
 
     def here(self) -> None:
         """On the thread itself, before it works: this is the one."""
@@ -47,18 +51,33 @@ class Aside:
             self._allowed = os.sched_getaffinity(0)
             self._tid = threading.get_native_id()
 
-    def keep_off_this_core(self) -> None:
-        """On the waker's thread, before it wakes the other."""
-        if self._tid == 0 or _getcpu is None or len(self._allowed) < 2:
+    def part(self) -> None:
+        """On the waker's thread, before it wakes the other: stay here, and keep that one off.
+
+        Each time one of them waits for the GIL it could come back beside the other.
+        """
+        if self._tid == 0 or _getcpu is None or len(self._allowed) < 2 or self._waker is not None:
             return
         core = _getcpu()
-        if core == self._off:
-            return
         try:
-            os.sched_setaffinity(self._tid, self._allowed - {core})
+            if core != self._off:
+                os.sched_setaffinity(self._tid, self._allowed - {core})
+            before = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, {core})
         except OSError:  # the thread has ended, or the cores are not ours any more
             self._tid = 0
+            return
         self._off = core
+        self._waker = threading.get_native_id(), before
+
+    def rejoin(self) -> None:
+        """When both have done: let the one who woke go where it may, whoever calls this."""
+        if self._waker is None:
+            return
+        tid, before = self._waker
+        self._waker = None
+        with contextlib.suppress(OSError):  # that thread has ended
+            os.sched_setaffinity(tid, before)
 
 
 def keep_to_share(number: int, of: int) -> None:

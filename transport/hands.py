@@ -74,7 +74,7 @@ class Hands:
     def give(self, post: Post) -> None:
         """Let the second thread read it."""
         if not self.given:
-            self._thread.keep_off_this_core()
+            self._thread.part()
         self.given += 1
         self._put(Haul(post))
 
@@ -98,6 +98,8 @@ class Hands:
         except Empty:
             return None
         self.given -= 1
+        if not self.given:
+            self._thread.rejoin()
         if haul.error is not None and not isinstance(haul.error, TransportError):
             raise haul.error
         return haul

@@ -14,9 +14,10 @@ CORES = os.sched_getaffinity(0)
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core only")
-def test_a_thread_is_kept_off_its_wakers_core_and_no_further() -> None:
+def test_two_threads_part_and_rejoin() -> None:
     aside, known, done = Aside(), threading.Event(), threading.Event()
-    aside.keep_off_this_core()  # of nobody yet: nothing happens
+    aside.part()  # from nobody yet: nothing happens
+    aside.rejoin()
     ids = []
 
     def work() -> None:
@@ -31,15 +32,23 @@ def test_a_thread_is_kept_off_its_wakers_core_and_no_further() -> None:
         assert known.wait(20)
         for core in sorted(CORES)[:2]:
             os.sched_setaffinity(0, {core})
-            aside.keep_off_this_core()
-            assert os.sched_getaffinity(ids[0]) == CORES - {core}
+            os.sched_setaffinity(0, CORES)
+            aside.part()
+            [here] = os.sched_getaffinity(0)
+            assert os.sched_getaffinity(ids[0]) == CORES - {here}
+            aside.part()  # parted already
+            other = threading.Thread(target=aside.rejoin)  # turns go from thread to thread
+            other.start()
+            other.join()
+            assert os.sched_getaffinity(0) == CORES
     finally:
         os.sched_setaffinity(0, CORES)
         done.set()
         thread.join()
     os.sched_setaffinity(0, {min(CORES)})
     try:
-        aside.keep_off_this_core()  # of a thread that has ended: nothing happens
+        aside.part()  # from a thread that has ended: nothing happens
+        assert os.sched_getaffinity(0) == {min(CORES)}
     finally:
         os.sched_setaffinity(0, CORES)
 
@@ -50,7 +59,8 @@ def test_what_may_use_one_core_only_stays_there(monkeypatch: pytest.MonkeyPatch)
     asked: list[object] = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda *what: asked.append(what))
     aside.here()
-    aside.keep_off_this_core()
+    aside.part()
+    aside.rejoin()
     assert not asked
 
 
