@@ -109,9 +109,13 @@ class _Walker:
         mine = view.of(device)
         steps, waits = mine[view.step[mine]], mine[view.linked[mine]]
         begun, ended = table["start_ns"], table["end_ns"]
-        self._view = view
         self._start: list[int] = begun.tolist()
         self._end: list[int] = ended.tolist()
+        self._parent: list[int] = table["parent"].tolist()
+        self._transfer: list[bool] = view.transfer.tolist()
+        self._queue: list[int] = table["queue_ns"].tolist()
+        self._wire: list[int] = table["wire_ns"].tolist()
+        self._settle: list[int] = table["settle_ns"].tolist()
         steps = steps[np.argsort(ended[steps], kind="stable")]
         by_start = steps[np.argsort(begun[steps], kind="stable")]
         waits = waits[np.argsort(begun[waits], kind="stable")]
@@ -171,13 +175,12 @@ class _Walker:
         asked_ns = max(floor_ns, self._start[target])
         if target < 0 or asked_ns >= at_ns:
             return self._add("wait", max(floor_ns, self._start[wait]), at_ns, wait), -1
-        if not self._view.transfer[target]:
+        if not self._transfer[target]:
             return self._add("peer", asked_ns, at_ns, target), target
-        row = self._view.table[target]
         over_ns = self._end[target]
-        queued_ns = self._start[target] + int(row["queue_ns"])
-        wired_ns = queued_ns + int(row["wire_ns"])
-        settled_ns = wired_ns + int(row["settle_ns"])
+        queued_ns = self._start[target] + self._queue[target]
+        wired_ns = queued_ns + self._wire[target]
+        settled_ns = wired_ns + self._settle[target]
         for kind, begin_ns in (
             ("wake", over_ns),
             ("other", min(settled_ns, over_ns)),
@@ -190,7 +193,7 @@ class _Walker:
 
     def _step_at(self, target: int, at_ns: int, step: int, floor_ns: int) -> tuple[int, int]:
         """The step in which something was asked for (its parent, when that ran then), and when."""
-        parent = int(self._view.table["parent"][target]) if target >= 0 else 0
+        parent = self._parent[target] if target >= 0 else 0
         covering = bisect_left(self._by_start.times_ns, at_ns) - 1
         latest = self._by_start.rows[covering] if covering >= 0 else -1
         for known in (self._step_of.get(parent, -1), step, latest):
@@ -223,8 +226,9 @@ def _grouped(
     """Members of `index` by key; each list keeps its order."""
     order = np.argsort(keys, kind="stable")
     found, first = np.unique(keys[order], return_index=True)
-    parts = np.split(index[order], first[1:]) if len(found) else []
+    rows, times = index[order].tolist(), times_ns[index[order]].tolist()
+    begins = first.tolist()
     return {
-        key: _Rows(part.tolist(), times_ns[part].tolist())
-        for key, part in zip(found.tolist(), parts, strict=True)
+        key: _Rows(rows[begin:end], times[begin:end])
+        for key, begin, end in zip(found.tolist(), begins, [*begins[1:], None], strict=False)
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -26,9 +26,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from hotset.dashboards.otlp_scan import Scanned
+
     Table = np.ndarray[Any, np.dtype[Any]]
 
+    class _Scan(Protocol):
+        """`otlp_scan.scan`."""
+
+        def __call__(self, body: bytes, *, own: str) -> Scanned | None: ...
+
+
 NONE = -1
+MANY_BYTES = 128 << 20
+"""From this size on a run is read by compiled code, which takes a second to be there."""
 
 
 class Value(msgspec.Struct, gc=False, rename="camel"):
@@ -161,11 +171,13 @@ class Spans:
 
 def read_run(run: str | os.PathLike[str]) -> Spans:
     """Read every `trace-*.jsonl` of a run's folder, or one file. Raises ConfigError."""
-    reader = _Reader()
+    paths = _trace_files(Path(run))
+    nbytes = sum(path.stat().st_size for path in paths)
+    reader = _Reader(scan=_compiled_scan() if nbytes >= MANY_BYTES else None)
     was_enabled = gc.isenabled()
     gc.disable()  # millions of small structs without cycles; collecting them doubles the time
     try:
-        for path in _trace_files(Path(run)):
+        for path in paths:
             reader.read(path)
     finally:
         if was_enabled:
@@ -189,8 +201,15 @@ def _trace_files(run: Path) -> list[Path]:
     return files
 
 
+def _compiled_scan() -> _Scan | None:
+    from hotset.dashboards import otlp_scan
+
+    return otlp_scan.scan if otlp_scan.COMPILED else None
+
+
 @dataclass(slots=True)
 class _Reader:
+    scan: _Scan | None = None
     chunks: list[Table] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)  # with the trace id of each
@@ -210,15 +229,39 @@ class _Reader:
         with path.open("rb") as file:
             for text in file:
                 try:
-                    line = decoder.decode(text)
-                except (msgspec.DecodeError, UnicodeDecodeError):
+                    self._line(text, decoder)
+                except (ValueError, OverflowError, msgspec.DecodeError):
                     if text.endswith(b"\n"):
                         self.damaged_lines += 1
                     else:
                         self.torn_lines += 1
-                    continue
-                for resource in line.resource_spans:
-                    self._take(resource)
+
+    def _line(self, text: bytes, decoder: msgspec.json.Decoder[_Line]) -> None:
+        head, mark, rest = text.partition(_SPANS) if self.scan else (text, b"", b"")
+        if mark and rest.endswith(_TAIL) and self._take_scanned(head, rest):
+            return
+        for resource in decoder.decode(text).resource_spans:
+            self._take(resource)
+
+    def _take_scanned(self, head: bytes, rest: bytes) -> bool:
+        """Take a line in by the compiled scan; False, and nothing taken, when it refuses."""
+        assert self.scan is not None  # noqa: S101 - the caller has asked
+        line = msgspec.json.decode(head + _SPANS + _TAIL, type=_Line, strict=False)
+        if len(line.resource_spans) != 1:
+            return False
+        resource = line.resource_spans[0]
+        run = _text_of(resource.resource.attributes, names.RUN.name)
+        found = self.scan(rest[: -len(_TAIL)], own=f"{run_trace_id(run):032x}")
+        if found is None:
+            return False
+        numbers = np.array([*(self._number(text) for text in found.texts), NONE])
+        for column in TEXTS:
+            place = COLUMNS.index(column)
+            found.rows[:, place] = numbers[found.rows[:, place]]
+        self._take(resource)
+        store = self._number(_text_of(resource.resource.attributes, names.STORE.name))
+        self.chunks.append(_columns(found.rows, store=store))
+        return True
 
     def spans(self) -> Spans:
         return Spans(
@@ -266,16 +309,13 @@ class _Reader:
 
     def _rows(self, spans: list[_Span], *, store: int, own: str) -> Table:
         """One array of all values, then columns: filling row by row takes three times as long."""
-        values = np.array([self._row(span, own=own) for span in spans], np.int64)
-        rows = np.empty(len(spans), SPAN)
-        rows["store"] = store
-        for place, column in enumerate(_COLUMNS):
-            rows[column] = values[:, place]  # of ids the bits: 64 of them in an int64
-        return rows
+        return _columns(
+            np.array([self._row(span, own=own) for span in spans], np.int64), store=store
+        )
 
     def _row(self, span: _Span, *, own: str) -> list[int]:
         """Values of a span; `own` is the trace of what no request caused."""
-        row = _EMPTY.copy()
+        row = EMPTY_ROW.copy()
         if span.trace_id != own:
             row[_REQUEST_AT] = _signed(span.trace_id[16:] or "0")
         numbers = self.numbers
@@ -310,6 +350,18 @@ class _Reader:
         return self.numbers.setdefault(text, len(self.numbers)) if number is None else number
 
 
+def _columns(values: NDArray[np.int64], *, store: int) -> Table:
+    rows = np.empty(len(values), SPAN)
+    rows["store"] = store
+    for place, column in enumerate(COLUMNS):
+        rows[column] = values[:, place]  # of ids the bits: 64 of them in an int64
+    return rows
+
+
+def _text_of(attributes: list[Attribute], key: str) -> str:
+    return next((one.value.string_value for one in attributes if one.key == key), "")
+
+
 def _signed(hexadecimal: str) -> int:
     """64 bits as int64 has them."""
     value = int(hexadecimal, 16)
@@ -317,31 +369,36 @@ def _signed(hexadecimal: str) -> int:
 
 
 _NOTHING = Value()
-_COLUMNS = (
+_SPANS, _TAIL = b'"spans":[', b"]}]}]}\n"
+COLUMNS = (
     "name", "links", "start_ns", "end_ns", "span_id", "parent", "link",  # places 0 to 6 of a row
     "source", "reason", "code", "format", "target", "nbytes", "tokens", "queue_ns", "wire_ns",
     "settle_ns", "layer", "index", "epoch", "request", "used",
 )  # fmt: skip
+"""Columns of a row of numbers as it is decoded, before it is one of SPAN."""
+TEXTS = ("name", "source", "reason", "code", "format", "target")
+"""Those of them that hold the number of a text."""
 _TEXTS = {
-    names.SOURCE.name: _COLUMNS.index("source"),
-    names.REASON.name: _COLUMNS.index("reason"),
-    names.CODE.name: _COLUMNS.index("code"),
-    names.FORMAT.name: _COLUMNS.index("format"),
-    names.TARGET.name: _COLUMNS.index("target"),
+    names.SOURCE.name: COLUMNS.index("source"),
+    names.REASON.name: COLUMNS.index("reason"),
+    names.CODE.name: COLUMNS.index("code"),
+    names.FORMAT.name: COLUMNS.index("format"),
+    names.TARGET.name: COLUMNS.index("target"),
 }
 _COUNTS = {
-    names.NBYTES.name: _COLUMNS.index("nbytes"),
-    names.TOKENS.name: _COLUMNS.index("tokens"),
-    names.QUEUE.name: _COLUMNS.index("queue_ns"),
-    names.WIRE.name: _COLUMNS.index("wire_ns"),
-    names.LAYER.name: _COLUMNS.index("layer"),
-    names.INDEX.name: _COLUMNS.index("index"),
-    names.EPOCH.name: _COLUMNS.index("epoch"),
+    names.NBYTES.name: COLUMNS.index("nbytes"),
+    names.TOKENS.name: COLUMNS.index("tokens"),
+    names.QUEUE.name: COLUMNS.index("queue_ns"),
+    names.WIRE.name: COLUMNS.index("wire_ns"),
+    names.LAYER.name: COLUMNS.index("layer"),
+    names.INDEX.name: COLUMNS.index("index"),
+    names.EPOCH.name: COLUMNS.index("epoch"),
 }
 _USED, _REQUEST = names.USED.name, names.REQUEST.name
-_USED_AT, _REQUEST_AT = _COLUMNS.index("used"), _COLUMNS.index("request")
-_SETTLING, _SETTLE_AT = {names.VERIFY.name, names.ACTIVATE.name}, _COLUMNS.index("settle_ns")
+_USED_AT, _REQUEST_AT = COLUMNS.index("used"), COLUMNS.index("request")
+_SETTLING, _SETTLE_AT = {names.VERIFY.name, names.ACTIVATE.name}, COLUMNS.index("settle_ns")
 _ABSENT = {
     "source", "reason", "code", "format", "target", "layer", "index", "epoch", "used",
 }  # fmt: skip
-_EMPTY = [NONE if column in _ABSENT else 0 for column in _COLUMNS]
+EMPTY_ROW = [NONE if column in _ABSENT else 0 for column in COLUMNS]
+"""A decoded row of a span that says nothing."""

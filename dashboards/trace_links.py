@@ -46,15 +46,16 @@ def link_figures(view: View, *, window_ns: int) -> dict[str, LinkFigures]:
     """Every link by `source->destination`."""
     table = view.table
     arrived = np.flatnonzero(view.transfer & view.ok & (table["source"] >= 0))
-    pairs, place = np.unique(table[["source", "store"]][arrived], return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    ends = np.cumsum(np.bincount(place, minlength=len(pairs)))[:-1]
-    parts = np.split(arrived[order], ends) if len(pairs) else []
+    width = len(view.spans.names)
+    key = table["source"][arrived].astype(np.int64) * width + table["store"][arrived]
+    order = np.argsort(key, kind="stable")
+    pairs, first = np.unique(key[order], return_index=True)
+    parts = np.split(arrived[order], first[1:]) if len(pairs) else []
     found = {
-        f"{view.name(source)}->{view.name(store)}": _figures(
-            view, mine, source=view.name(source), window_ns=window_ns
+        f"{view.name(pair // width)}->{view.name(pair % width)}": _figures(
+            view, mine, source=view.name(pair // width), window_ns=window_ns
         )
-        for (source, store), mine in zip(pairs.tolist(), parts, strict=True)
+        for pair, mine in zip(pairs.tolist(), parts, strict=True)
     }
     return dict(sorted(found.items()))
 

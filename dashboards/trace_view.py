@@ -100,7 +100,10 @@ class View:
     def touching(self, store: str) -> Index:
         """Transfers to or from a store."""
         mine = self.of(store)
-        return np.union1d(mine[self.transfer[mine]], self.from_source(store))
+        touched = np.zeros(len(self.table), np.bool_)
+        touched[mine[self.transfer[mine]]] = True
+        touched[self.from_source(store)] = True
+        return np.flatnonzero(touched)
 
     def intervals(self, index: Index) -> Intervals:
         """Time that these spans cover together."""
