@@ -6,18 +6,26 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
+from hotset.actors.assembly import Counters
 from hotset.actors.cache import Held, HotCache
+from hotset.actors.context import RowIds
 from hotset.actors.formatchoice import FormatChoice
+from hotset.actors.kinds import ControlKind
 from hotset.actors.packing import Packer
 from hotset.actors.pool import PoolCore
 from hotset.actors.reformer import Reformer
+from hotset.actors.tokenpath import PathConfig, TokenPath
 from hotset.actors.weights import WeightViews
-from hotset.blocks.experts import view_weights
+from hotset.blocks.experts import run_expert, view_weights
+from hotset.policies.allocate import Costs
 from hotset.policies.device import DeviceShape
+from hotset.policies.drift import Budget, DriftMeter
 from hotset.policies.residency import make_policy
+from hotset.policies.standin import StandInPurse
 from hotset.policies.types import (
     STORAGE,
     BlockId,
@@ -33,8 +41,10 @@ from hotset.policies.types import (
 from hotset.transport.base import LinkProfile
 from hotset.transport.inbox import Inbox
 from hotset.transport.loopback import Fault
+from hotset.transport.records import ROW, Ring
 from hotset.transport.slots import part_bytes, slot_parts
 from tests.actors.node import DEADLINE_S, Node, truth
+from tests.blocks.expert_modules import Silu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -388,3 +398,70 @@ def test_a_cheap_copy_stands_in_only_if_it_may(
     worker.check()
     worker.node.close()
     pool.close()
+
+
+class Nobody:
+    """No peer takes tokens."""
+
+    def compute(self, store: str, **_asked: Any) -> dict[int, torch.Tensor | None]:
+        raise AssertionError(f"{store} was asked to compute")
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5])
+def test_the_token_path_pays_for_stand_ins_and_tells_of_them(
+    catalog: Catalog, network: LoopbackNetwork, budget: float
+) -> None:
+    """The full copy is held back until the layer has asked for it: with a budget nobody waits."""
+    pool = pool_of(catalog, network)
+    pool.bring(BLOCK)
+    worker = Worker(Node("worker", catalog=catalog, network=network, slots=6, formats=LOSSY))
+    worker.reformer.demote(BLOCK, Format.INT4)
+    until(lambda: worker.holds(Format.INT4), what="a cheap copy")
+    worker.node.meet(pool)
+    network.script(Fault.DELAY, source="pool")
+    worker.reformer.promote(BLOCK)
+    assert network.wait_posts(1)
+    ring, counters = Ring(), Counters(hits={})
+    path = TokenPath(
+        catalog=catalog, views=worker.views, cache=worker.cache, choice=worker.choice,
+        reformer=worker.reformer, purse=StandInPurse(meter(catalog, budget)),
+        directory=worker.node.directory, peers=Nobody(), ring=ring, counters=counters,
+        row_ids=RowIds(1), config=PathConfig(move="weights"),
+    )  # fmt: skip
+    path.begin_request(1, trace=(1, 2))
+    path.begin_step(100)
+    if not budget:
+        network.release()  # exact mode waits for the full copy, so it has to come
+    hidden = torch.ones(1, catalog.layout.fields[0].shape[1], dtype=torch.bfloat16)
+    found = path.run(0, Silu(), hidden, torch.tensor([[3]]), torch.tensor([[0.5]]))
+    stood_in = [row for row in np.frombuffer(ring.drain(), dtype=ROW) if row["kind"] == _USE]
+    full = view_weights(payload_of(catalog, BLOCK), catalog.layout)
+    right = 0.5 * run_expert(Silu(), hidden, full)
+    if budget:
+        assert counters.hits == {"stand-in": 1}
+        assert [ring.names()[row["reason"]] for row in stood_in] == [Reason.STAND_IN.value]
+        assert not torch.equal(found, right)
+        network.release()
+    else:
+        assert "stand-in" not in counters.hits
+        assert stood_in == []
+        assert torch.equal(found, right.to(found.dtype))
+    until(lambda: worker.holds(Format.BF16), what="the full copy")
+    until(lambda: not worker.holds(Format.INT4), what="the cheap copy's end")
+    worker.check()
+    worker.node.close()
+    pool.close()
+
+
+_USE = int(ControlKind.USE)
+
+
+def meter(catalog: Catalog, nats: float) -> DriftMeter:
+    """All blocks alike: int4 costs a little."""
+    shape = (len(catalog.layers), catalog.num_experts)
+    damage = np.zeros((*shape, 2))
+    damage[..., 1] = 1e-6
+    return DriftMeter(
+        Costs(formats=("bf16", "int4"), nbytes=np.array([100, 27]), nats=damage),
+        layers=catalog.layers, frequency=np.full(shape, 0.5), budget=Budget(nats=nats),
+    )  # fmt: skip
