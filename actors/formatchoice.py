@@ -48,6 +48,10 @@ class FormatChoice:
         """Hold the block at full precision from now on."""
         self._planned.pop(block, None)
 
+    def distrust(self) -> None:
+        """Forget the plan: every block is wanted in full until the controller says otherwise."""
+        self._planned = {}
+
     def demote(self, block: BlockId, form: Format) -> None:
         """Hold the block in this format from now on."""
         self._planned[block] = form

@@ -79,6 +79,10 @@ class Reformer:
             reason = Reason.VETO_MEMORY if room else Reason.STALE
             self._store.report_failure(block, Format.BF16, reason=reason)
 
+    def distrust(self) -> None:
+        """The plan has broken the quality budget: make and fetch no cheap copy by it any more."""
+        self._choice.distrust()
+
     def refused(self, block: BlockId) -> None:
         """The controller refused a cheap copy of this block: it is wanted in full from now on."""
         self._choice.keep_full(block)

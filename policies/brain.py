@@ -173,7 +173,11 @@ class ClusterBrain(Replanning):
         """Act on the live check at once: repairs of a broken budget do not wait for a tick."""
         found = self.guard.measured(event.kl, event.flips, since_ns=event.since_ns)
         if found is not None:
-            self._repair("; ".join(found.verdict.broken), cause=f"live check at {event.store}")
+            self._repair(
+                "; ".join(found.verdict.broken),
+                cause=f"live check at {event.store}",
+                reason=Reason.VETO_DRIFT,
+            )
 
     def _judge_drift(self, *, cause: str) -> None:
         """Repair what shifted text has made too costly, and ask again for what is still to do."""

@@ -130,8 +130,11 @@ class Orders(Admission):
             )
         )
 
-    def _repair(self, bound: str, *, cause: str) -> None:
-        """Ask for what the guardrail wants back at full precision, until each has been done."""
+    def _repair(self, bound: str, *, cause: str, reason: Reason = Reason.REPAIR) -> None:
+        """Ask for what the guardrail wants back at full precision, until each has been done.
+
+        With the reason VETO_DRIFT a store makes no cheap copy by the plan any more, either.
+        """
         for block in self.guard.repairing:
             flat = self._flat[block]
             for copy in self._directory.of_block(block):
@@ -142,9 +145,7 @@ class Orders(Admission):
                     continue
                 refusal = Refusal(reason=Reason.VETO_DRIFT, bound=bound)
                 self._veto(book, block, copy.format, refusal)
-                self._change(
-                    Change(book, flat, copy.format, Format.BF16, Reason.REPAIR), cause=cause
-                )
+                self._change(Change(book, flat, copy.format, Format.BF16, reason), cause=cause)
 
     def _cancel(
         self, book: StoreBook, flat: int, form: Format, *, cause: str, reason: Reason
