@@ -404,6 +404,8 @@ class GPUWorker:
             case CancelTransfer():
                 self._cancel(command.block, command.format)
             case ChangeFormat() if command.into is Format.BF16:
+                if command.reason is Reason.VETO_DRIFT:
+                    self._reformer.distrust()
                 self._reformer.promote(command.block)
             case ChangeFormat():
                 self._reformer.demote(command.block, command.into)
