@@ -205,9 +205,9 @@ class HotCache:
         self._fetcher.start(wants)
         return all_fit
 
-    def steer(self, least_chance: float) -> None:
-        """Tell the policy the least chance of use at which a prefetch pays."""
-        self._policy.steer(least_chance)
+    def steer(self, least_chance: float, *, missed_ns: int | None = None) -> None:
+        """Tell the policy the least chance of use at which a prefetch pays, and a miss's price."""
+        self._policy.steer(least_chance, missed_ns=missed_ns)
 
     def abandon(self, inbox: Inbox[Delivery], held: Sequence[Held]) -> None:
         """A layer failed: take back its holds, those delivered and those still to come."""

@@ -38,6 +38,7 @@ from hotset.actors.messages import (
 from hotset.actors.quality import QualitySpec, guardrail
 from hotset.errors import StaleEpochError
 from hotset.policies.brain import ClusterBrain
+from hotset.policies.charge import said_of
 from hotset.policies.config import PAYBACK_NS, PLAN_NS, PolicyConfig
 from hotset.policies.states import state_of
 from hotset.policies.types import (
@@ -288,6 +289,11 @@ class ControlCore:
             "requests_in_flight": int(sum(g.get("requests", 0) for g in gauges)),
             "tokens": int(sum(g.get("tokens", 0) for g in gauges)),
             "stall_ns": int(sum(g.get("stall_ns", 0) for g in gauges)),
+            "predictors": [
+                f"{name}: {said}"
+                for name, member in sorted(self._members.items())
+                if (said := said_of(member.gauges))
+            ],
             "vetoes": dict(self._vetoes),
             "emulated": list(self.spec.emulated),
             "mode": self.spec.mode,

@@ -238,6 +238,11 @@ class TokenPath:
         )
         return outputs
 
+    @property
+    def prefetching(self) -> bool:
+        """Whether the trial lets prefetches start."""
+        return self._link.trial.on
+
     def routed_since_last(self) -> tuple[tuple[BlockId, int], ...]:
         """Tokens routed to each block since the last call."""
         with self._routed_lock:
@@ -258,7 +263,7 @@ class TokenPath:
         context.layer_start_ns = start_ns
         context.layer_stall_ns = context.stall_ns
         fetch_ns = self._directory.cheapest_ns(self._catalog.block_nbytes)
-        self._cache.steer(self._link.bar(fetch_ns=fetch_ns))
+        self._cache.steer(self._link.bar(fetch_ns=fetch_ns), missed_ns=self._link.missed_ns)
 
     def _arrive(  # noqa: PLR0913 - one arrival of one layer
         self,

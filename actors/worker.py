@@ -48,6 +48,7 @@ from hotset.blocks.experts import run_expert, run_expert_tiled
 from hotset.blocks.generate import TokenStream, generate
 from hotset.blocks.hf import import_model_code, load_skeleton
 from hotset.errors import ClusterError
+from hotset.policies.charge import Charge, gauges_of
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape
 from hotset.policies.live_share import LiveShare, ShareBounds
@@ -135,6 +136,8 @@ class GPUWorker:
             ),
             config=ResidencyConfig(),
         )
+        if isinstance(self._policy, DeviceResidency):
+            self._policy.charge_predictors(time.thread_time_ns, switch=True)
         row_ids = RowIds(secrets.randbits(62) | 1)
         quality = self._spec.quality
         choice = FormatChoice(quality.planned() if quality else {}, directory=self._parts.directory)
@@ -445,7 +448,11 @@ class GPUWorker:
             "requests": self._requests,
             "tokens": counters.tokens,
             "stall_ns": counters.stall_ns,
+            **gauges_of(self._charges(), prefetching=self._path.prefetching),
         }
+
+    def _charges(self) -> tuple[Charge, ...]:
+        return self._policy.charges() if isinstance(self._policy, DeviceResidency) else ()
 
 
 def _enter_memory_cgroup(model: str) -> None:

@@ -15,13 +15,21 @@ from hotset.dashboards.text import table
 from hotset.errors import ConfigError
 from hotset.policies.linkmodel import link_named
 from hotset.policies.replay import SLOT_BYTES, Replay, ReplayScore, Timing, future_of, line_up
-from hotset.policies.residency import OFFLINE_POLICIES, POLICIES, DeviceShape, make_policy
+from hotset.policies.residency import (
+    OFFLINE_POLICIES,
+    POLICIES,
+    DeviceResidency,
+    DeviceShape,
+    make_policy,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from hotset.dashboards.routertrace import RouterTrace
+    from hotset.policies.charge import Charge
+    from hotset.policies.plan import ResidencyPolicy
     from hotset.policies.replay import Steps
     from hotset.policies.routing import RoutingAnalysis
 
@@ -57,6 +65,11 @@ class PolicyResult:
     timely: ReplayScore
     linked: ReplayScore
     expert_bytes: int
+    charges: tuple[Charge, ...] = ()
+
+    def predictors(self) -> list[dict[str, object]]:
+        """Each predictor's account over the link, of one pass; empty where none was kept."""
+        return [{**one._asdict(), "pays": one.pays} for one in self.charges]
 
     def numbers(self) -> dict[str, float]:
         """The figures of `--json`: stall over the link, all else with timely transfers."""
@@ -78,22 +91,32 @@ def replay_policy(
     """Run one policy both ways. Raises ConfigError for an unknown name."""
     shape = options.shape(trace)
     future = future_of(steps, num_experts=trace.num_experts) if name in OFFLINE_POLICIES else None
-    scores = [
+    timely, linked = (
         Replay(
-            make_policy(name, shape, future=future),
+            _charged(make_policy(name, shape, future=future)),
             steps,
             num_experts=trace.num_experts,
             timing=timing,
             clock=time.perf_counter_ns,
-        ).run()
+        )
         for timing in (None, options.timing)
-    ]
+    )
+    scores = [timely.run(), linked.run()]
+    policy = linked.policy
     return PolicyResult(
         policy=name,
         timely=scores[0],
         linked=scores[1],
         expert_bytes=options.timing.expert_bytes,
+        charges=policy.charges() if isinstance(policy, DeviceResidency) else (),
     )
+
+
+def _charged(policy: ResidencyPolicy) -> ResidencyPolicy:
+    """Keep accounts of predictors; nothing is switched off, so that a replay can be repeated."""
+    if isinstance(policy, DeviceResidency):
+        policy.charge_predictors(time.perf_counter_ns, switch=False)
+    return policy
 
 
 def _rows(results: list[PolicyResult]) -> Iterator[tuple[str, ...]]:
@@ -143,7 +166,15 @@ def render_replay(
         f"{timing.expert_bytes / 1e6:.1f} MB, {timing.layer_ns / 1e6:g} ms a layer; "
         "the rest: transfers end at once\n"
     )
-    return head + "\n".join(table(_HEADER, list(_rows(results))))
+    lines = table(_HEADER, list(_rows(results)))
+    for result in results:
+        accounts = [
+            f"{one.name} {one.spent_ns / 1e3:.0f} us for {one.saved_ns / 1e3:.0f}"
+            for one in result.charges
+        ]
+        if accounts:
+            lines.append(f"predictors of {result.policy}, a token: {', '.join(accounts)} us saved")
+    return head + "\n".join(lines)
 
 
 def run_replay(  # noqa: PLR0913 - one argument for each option of the command

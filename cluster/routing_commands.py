@@ -89,7 +89,10 @@ def replay(  # noqa: PLR0913 - one option each
         say=say if every and not as_json else silent,
     )
     if as_json:
-        found = {result.policy: result.numbers() for result in results}
+        found = {
+            result.policy: {**result.numbers(), "predictors": result.predictors()}
+            for result in results
+        }
         click.echo(json.dumps(found if every else found[policy]))
         return
     click.echo(text)

@@ -45,7 +45,8 @@ class Status:
 
     `states` counts blocks by their best state in the cluster (`S1` to `S7`), so that its sum is
     `blocks`. `vetoes` counts by reason. `alerts` are sentences for the operator. `quality` says how
-    drift stands against its budget; empty where nothing may be lost.
+    drift stands against its budget; empty where nothing may be lost. `predictors` are sentences:
+    whether each worker prefetches, and what each of its predictors costs and saves.
     """
 
     run: str
@@ -65,6 +66,7 @@ class Status:
     dropped: int = 0
     mode: str = "active"
     quality: str = ""
+    predictors: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line of JSON with the fields as keys."""
@@ -100,6 +102,8 @@ def render(status: Status, *, width: int = 80) -> str:
     by_store = [f"{one.name}: {one.emulated}" for one in status.stores if one.emulated]
     for flag in (*by_store, *status.emulated):
         lines += plain.field("EMULATED", flag, width=width)
+    for said in status.predictors:
+        lines += plain.field("predictors", said, width=width)
     for alert in status.alerts:
         lines += plain.field("ALERT", alert, width=width)
     return "\n".join(lines) + "\n"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from hotset.policies.charge import Sample, StageCharges
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape, DeviceTable, Resident
 from hotset.policies.foresight import Path, StagedPredictor
@@ -34,9 +35,11 @@ from hotset.policies.plan import LayerPlan, sort_needs
 from hotset.policies.types import Format, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
+
+    from hotset.policies.charge import Charge
 
 _NOTHING = float("inf")
 _FAR_WEIGHT = np.float32(1.0 / 60.0)
@@ -46,6 +49,8 @@ _MOST_REQUESTS = 64
 """Requests whose path is remembered; a worker forgets them when they end."""
 _USUAL_RATIO = 2.0
 """A visit of more than this many times the usual number of experts is a prefill."""
+_ACCOUNT_EVERY = 8
+"""One pass in so many is looked at for the predictors' accounts."""
 _USE_FADE = 0.08
 """Weight of the newest pass in `expected_use`, a half-life of about eight passes."""
 
@@ -96,14 +101,9 @@ class DeviceResidency(DeviceTable):
         self._value_of = self._far.copy()
         self._absent = np.ones(rows * size, dtype=np.bool_)
         self._recent_use = np.zeros(rows * size, dtype=np.float32)
-        depth = self.predictor.depth
-        arrays = (self._value_of, self._held, self._rank, self._far)
         # Views are made once: slicing anew at each visit costs more than the arithmetic.
         self._far_of = [self._far[row * size : (row + 1) * size] for row in range(rows)]
-        self._sight = [
-            _Sight(*(values[row * size : (row + depth + 1) * size] for values in arrays))
-            for row in range(rows)
-        ]
+        self._look_ahead()
         self._absent_of = [self._absent[row * size : (row + 1) * size] for row in range(rows)]
         self._paths: dict[int, Path] = {}
         self._usual = 0.0
@@ -116,12 +116,47 @@ class DeviceResidency(DeviceTable):
         self._ahead = 1
         self._least_odds = 0.0
         self._link_is_measured = False
+        self._missed_ns = 0
+        self._charges: StageCharges | None = None
+        self._resize = -1  # stages ahead from the next pass on
+        self._passes = 0
+        self._loads = 0.0  # of a pass: of this one, and the usual
+        self._usual_loads = 0.0
         self.steer(0.0)
+
+    def _look_ahead(self) -> None:
+        """Views of the rows that a visit gives new estimates."""
+        size, depth = self.num_experts, self.predictor.depth
+        arrays = (self._value_of, self._held, self._rank, self._far)
+        self._sight = [
+            _Sight(*(values[row * size : (row + depth + 1) * size] for values in arrays))
+            for row in range(self._rows)
+        ]
 
     # --- what others tell -------------------------------------------------------------------
 
-    def steer(self, least_chance: float, *, most: int | None = None, ahead: int = 1) -> None:
+    def charge_predictors(self, clock: Callable[[], int], *, switch: bool) -> None:
+        """Keep accounts of the predictor's stages; `switch`: turn off what does not pay.
+
+        Not for devices that share a predictor. With `switch` decisions depend on the clock.
+        """
+        self._charges = StageCharges(depth=self.predictor.depth, switch=switch)
+        self.predictor.clock = clock
+
+    def charges(self) -> tuple[Charge, ...]:
+        """Return what each predictor costs and saves; empty when nobody keeps accounts."""
+        return self._charges.accounts() if self._charges is not None else ()
+
+    def steer(
+        self,
+        least_chance: float,
+        *,
+        most: int | None = None,
+        ahead: int = 1,
+        missed_ns: int | None = None,
+    ) -> None:
         """See `ResidencyPolicy`; a chance of 1 and above forbids prefetching."""
+        self._missed_ns = missed_ns or 0
         chance = max(least_chance, self.config.prefetch_min_probability)
         self._least_odds = chance / (1.0 - chance) if chance < 1.0 else float("inf")
         per_layer = self.config.prefetch_per_layer
@@ -170,11 +205,19 @@ class DeviceResidency(DeviceTable):
         odds = self._foresee(row, now=now, request=request)
         if self._most and self.predictor.depth and self._least_odds < _NOTHING:
             self._propose(row, odds=odds, into=plan.prefetch)
-        self.budget.loaded(len(plan.missing) + len(plan.prefetch))
+        loads = len(plan.missing) + len(plan.prefetch)
+        self.budget.loaded(loads)
+        self._loads += loads
         return plan
 
     def _foresee(self, row: int, *, now: NDArray[np.intp], request: int) -> NDArray[np.float32]:
         """Learn from the visit and give every copy of the rows in sight its new value."""
+        if row == 0 and self._resize >= 0:
+            self.predictor.resize(self._resize)
+            self._resize = -1
+            self._paths.clear()
+            self._look_ahead()
+            self._ahead = min(self._ahead, max(1, self.predictor.depth))
         path = self._paths.get(request)
         if path is None:
             if len(self._paths) >= _MOST_REQUESTS:
@@ -221,6 +264,28 @@ class DeviceResidency(DeviceTable):
         recent *= np.float32(1.0 - _USE_FADE)
         recent[used] += np.float32(_USE_FADE)
         self._set_load_ratio()
+        self._passes += 1
+        self._usual_loads += _USE_FADE * (self._loads - self._usual_loads)
+        self._loads = 0.0
+        if self._charges is not None and self._passes % _ACCOUNT_EVERY == 0:
+            self._account(self._charges, path)
+
+    def _account(self, charges: StageCharges, path: Path) -> None:
+        """Hold what the stages of the predictor saved in this pass against what they cost."""
+        predictor = self.predictor
+        recalls = predictor.recalls(path)
+        if not recalls or not self._missed_ns or predictor.clock is None:
+            return
+        depth = charges.observe(
+            Sample(
+                recalls=recalls,
+                spent_ns=predictor.spent_ns(path, clock=predictor.clock),
+                loads=self._usual_loads,
+                missed_ns=self._missed_ns,
+            )
+        )
+        if depth != predictor.depth:
+            self._resize = depth
 
     def _propose(self, row: int, *, odds: NDArray[np.float32], into: list[tuple[int, int]]) -> None:
         """Append what is worth fetching for the rows ahead, likeliest first."""

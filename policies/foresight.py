@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
@@ -91,13 +93,15 @@ class StagedPredictor:
         self.depth = depth = min(depth, rows - 1)
         self.rows = rows
         self.size = size = num_experts
+        self.clock: Callable[[], int] | None = None
+        """Times the stages for their account; None: nobody asks."""
+        self.learn_ns = self.age_ns = 0
         self._rate = rate
-        width = (depth + 1) * size
-        self._weights = np.zeros((rows, size, width), dtype=np.float32)
+        weights = np.zeros((rows, size, (depth + 1) * size), dtype=np.float32)
         diagonal = np.arange(size)
-        self._weights[:, diagonal, diagonal] = _PRIOR_SELF
-        self._flat = self._weights.reshape(rows * size, width)
-        self._of_row = [self._weights[row] for row in range(rows)]
+        weights[:, diagonal, diagonal] = _PRIOR_SELF
+        self._kept = weights  # of stages that are off as well
+        self._use(weights)
         self._bias = np.full((rows, size), -2.0, dtype=np.float32)
         self._share = np.full((len(_HALF_LIVES), rows, 1), _PRIOR_POPULARITY, dtype=np.float32)
         self._uses = np.zeros((len(_HALF_LIVES), rows, size), dtype=np.float32)
@@ -108,17 +112,32 @@ class StagedPredictor:
         self._base: Floats = np.empty_like(self._bias)
         self._base_of = [self._base[row] for row in range(rows)]
         self._rebase()
-        self._odds = np.empty(width, dtype=np.float32)
-        # Room for what a visit computes: making it anew costs more than the arithmetic.
-        self._told = np.empty(width, dtype=np.float32)
-        self._top = np.full(width, _TOP)
-        self._taken = [np.empty((count, width), np.float32) for count in range(_USUAL_EXPERTS + 1)]
         # n experts count 1 / sqrt(n) each, as a vector for the product with their weights.
         self._scales = [
             np.full(count, 1.0 / max(1, count) ** 0.5, dtype=np.float32)
             for count in range(size + 1)
         ]
         self._first_of_row = np.arange(rows, dtype=np.intp) * size
+
+    def _use(self, weights: Floats) -> None:
+        """Views of the weights, and room for what a visit computes: made once, not each time."""
+        rows, size, width = weights.shape
+        self._weights = weights
+        self._flat = weights.reshape(rows * size, width)
+        self._of_row = [weights[row] for row in range(rows)]
+        self._odds = np.empty(width, dtype=np.float32)
+        self._told = np.empty(width, dtype=np.float32)
+        self._top = np.full(width, _TOP)
+        self._taken = [np.empty((count, width), np.float32) for count in range(_USUAL_EXPERTS + 1)]
+
+    def resize(self, depth: int) -> None:
+        """Refine estimates on `depth` rows from now on; paths begun before are of no use."""
+        width = (depth + 1) * self.size
+        if self._weights is not self._kept:
+            self._kept[:, :, : self._weights.shape[2]] = self._weights
+        self.depth = depth
+        whole = width == self._kept.shape[2]
+        self._use(self._kept if whole else np.ascontiguousarray(self._kept[:, :, :width]))
 
     def begin(self) -> Path:
         """Start a request: its first estimates come from popularity alone."""
@@ -177,7 +196,12 @@ class StagedPredictor:
         if path.clean:
             path.passes += 1
             if path.passes > 1 and learn:
+                began = self.clock() if self.clock else 0
                 self._learn(path)
+                learnt = self.clock() if self.clock else 0
+                self._age(path)
+                self.learn_ns = learnt - began
+                self.age_ns = self.clock() - learnt if self.clock else 0
         path.seen.reverse()
         path.stages.reverse()
         path.scale.reverse()
@@ -205,6 +229,10 @@ class StagedPredictor:
         wrong *= np.array(path.scale[0], dtype=np.float32)[:, None] * np.float32(self._rate)
         places = path.places[0]
         self._flat[places] += wrong.take(places // size, axis=0)
+
+    def _age(self, path: Path) -> None:
+        """Let old uses fade, and make the first estimates anew."""
+        truth = path.truth
         self._uses *= self._fade
         self._uses += self._rise * truth[1]
         np.add(self._uses, _RARE, out=self._popular)
@@ -214,6 +242,59 @@ class StagedPredictor:
 
     def _rebase(self) -> None:
         np.add(self._bias, (self._share * self._popular).sum(axis=0), out=self._base)
+
+    # --- accounts -------------------------------------------------------------------------------
+
+    def recalls(self, path: Path) -> list[float]:
+        """Recall in the pass that `path` has finished, by stage: ageing, previous step, ahead.
+
+        Of the experts that were needed, the share among as many likeliest ones. Empty when the
+        pass before is not known.
+        """
+        depth, rows, size = self.depth, self.rows, self.size
+        if path.passes < 2:
+            return []
+        truth = path.truth[0][depth:]
+        needed = float(truth.sum())
+        likeliest = max(1, round(needed / len(truth)))
+        if likeliest >= size:
+            return [1.0] * (depth + 2)
+        estimates = [self._base[depth:], path.seen[1][depth:, :size]]
+        for ahead in range(depth, 0, -1):
+            part = slice(ahead * size, (ahead + 1) * size)
+            estimates.append(path.seen[0][depth - ahead : rows - ahead, part])
+        return [
+            float(
+                np.take_along_axis(
+                    truth, np.argpartition(-one, likeliest - 1, axis=1)[:, :likeliest], axis=1
+                ).sum()
+            )
+            / needed
+            for one in estimates
+        ]
+
+    def spent_ns(self, path: Path, *, clock: Callable[[], int]) -> list[int]:
+        """Time of a pass by stage, in the order of `recalls`.
+
+        A visit's arithmetic is done once more with and without its widest stage.
+        """
+        width, size = self._weights.shape[2], self.size
+        now = path.now[0]
+        taken = self._of_row[0].take(now, axis=0)
+        scales = self._scales[len(now)]
+
+        def visit(width: int) -> int:
+            began = clock()
+            odds = scales.dot(taken[:, :width].copy())
+            odds += self._odds[:width]
+            np.minimum(odds, self._top[:width], out=odds)
+            np.exp(odds, out=odds)
+            return clock() - began
+
+        visit(width)  # warm
+        stage_ns = self.rows * max(0, visit(width) - visit(width - size))
+        stage_ns += self.learn_ns * size // width
+        return [self.age_ns, *[stage_ns] * (self.depth + 1)]
 
     def chance(self) -> Floats:
         """Return the chance of use in a pass of which nothing else is known, [L, E]."""

@@ -57,12 +57,20 @@ class ResidencyPolicy(Protocol):
         """Return the copy to drop so that `want_bytes` may fit; None: nothing to drop."""
         ...
 
-    def steer(self, least_chance: float, *, most: int | None = None, ahead: int = 1) -> None:
+    def steer(
+        self,
+        least_chance: float,
+        *,
+        most: int | None = None,
+        ahead: int = 1,
+        missed_ns: int | None = None,
+    ) -> None:
         """Say what the link bears from now on.
 
         A prefetch must have at least `least_chance` of use, 0..1. `most` fetches fit on the link
         before the next layer comes (None: nobody has measured it), and a fetch takes so long that
-        it should start `ahead` layers early.
+        it should start `ahead` layers early. `missed_ns` is what a missing block makes compute
+        wait.
         """
         ...
 

@@ -324,7 +324,9 @@ class Replay:
         )
         idle_ns = layer_ns - link.queued_ns - len(self._wishes) * block_ns
         most = max(0, -(-idle_ns // block_ns))
-        self.policy.steer(chance, most=most, ahead=_AHEAD + block_ns // layer_ns)
+        self.policy.steer(
+            chance, most=most, ahead=_AHEAD + block_ns // layer_ns, missed_ns=block_ns
+        )
 
     # --- slots ------------------------------------------------------------------------------
 

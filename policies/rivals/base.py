@@ -118,7 +118,14 @@ class Rival(DeviceTable):
             return None
         return Resident(self.layers[row], expert, form)
 
-    def steer(self, least_chance: float, *, most: int | None = None, ahead: int = 1) -> None:
+    def steer(
+        self,
+        least_chance: float,
+        *,
+        most: int | None = None,
+        ahead: int = 1,
+        missed_ns: int | None = None,
+    ) -> None:
         """The paper knows no feedback from the link."""
 
     def forget(self, request: int) -> None:

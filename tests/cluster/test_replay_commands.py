@@ -26,6 +26,7 @@ KEYS = {
     "stall_ns_per_token",
     "prefetch_precision",
     "policy_ns_per_layer_step",
+    "predictors",
 }
 
 
@@ -51,6 +52,7 @@ def test_json_has_exactly_the_keys(trace: Path) -> None:
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert set(found) == KEYS
+    assert found["predictors"] == [], "lru predicts nothing"
     assert found["hit_ratio"] == pytest.approx(1 - found["demand_per_layer_step"] / 2, abs=1e-5)
     assert found["loads_per_layer_step"] == found["demand_per_layer_step"]
     assert found["bytes_per_token"] == pytest.approx(
