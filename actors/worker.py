@@ -52,7 +52,7 @@ from hotset.policies.charge import Charge, gauges_of
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape
 from hotset.policies.live_share import LiveShare, ShareBounds
-from hotset.policies.residency import make_policy
+from hotset.policies.residency import DeviceResidency, make_policy
 from hotset.policies.standin import StandInPurse
 from hotset.policies.types import (
     LOSSLESS,
