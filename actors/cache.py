@@ -396,14 +396,18 @@ class HotCache:
                 slot = self._store.slab.allocate(self._payload_nbytes[fmt])
                 if slot is not None:
                     break
-                # Room by the books, but halves of slots lie apart or a slot is in quarantine.
+                # Room by the books, but parts of slots lie apart or a slot is in quarantine.
                 want_bytes = self._policy.capacity_bytes + 1
             victim = self._policy.victim(want_bytes) if evict else None
             if victim is not None and (victim.layer, victim.expert) in (kept := self._kept()):
                 victim = self._policy.victim(want_bytes, needed=kept)
             if victim is None:
                 return None
-            self._drop(BlockId(victim.layer, victim.expert), victim.format, Reason.EVICT)
+            leaving = [(BlockId(victim.layer, victim.expert), victim.format)]
+            if want_bytes > self._policy.capacity_bytes:  # a whole super-slot has to become free
+                leaving = self._sharing(*leaving[0]) or leaving
+            for one, form in leaving:
+                self._drop(one, form, Reason.EVICT)
             want_bytes = self._policy.nbytes(fmt)
         self._policy.in_flight(block.layer, block.index, fmt, flight.reason)
         return Want(
@@ -416,6 +420,18 @@ class HotCache:
             trace=flight.trace,
             parent=flight.parent,
         )
+
+    def _sharing(self, block: BlockId, form: Format) -> list[tuple[BlockId, Format]]:
+        """All copies in the super-slot of this one; none where one of them cannot leave now."""
+        found = self._store.sharing(self._slot(block, form))
+        kept = self._kept()
+        stuck = any(
+            self._store.slab.pins(slot)
+            or one in self._flights
+            or (one.layer, one.index) in kept
+            for one, _, slot in found
+        )
+        return [] if stuck else [(one, fmt) for one, fmt, _ in found]
 
     def _serve_line(self) -> list[Want]:
         wants: list[Want] = []

@@ -142,6 +142,16 @@ class Store:
         """Whether a copy in this format is here."""
         return (block, fmt) in self._slots
 
+    def sharing(self, slot: Slot) -> list[tuple[BlockId, Format, Slot]]:
+        """Copies in the super-slot of `slot`, its own included."""
+        stride = self.slab.stride_bytes
+        with self._lock:
+            return [
+                (block, fmt, other)
+                for (block, fmt), other in self._slots.items()
+                if other.offset // stride == slot.offset // stride
+            ]
+
     def copies(self) -> tuple[Copy, ...]:
         """Every copy, in block order."""
         with self._lock:

@@ -247,6 +247,23 @@ def test_cheap_copies_let_more_blocks_in(catalog: Catalog, network: LoopbackNetw
     made.node.close()
 
 
+def test_a_full_copy_takes_one_super_slot_and_leaves_the_others(
+    catalog: Catalog, network: LoopbackNetwork
+) -> None:
+    blocks = list(catalog.blocks)
+    planned = dict.fromkeys(blocks[:12], Format.INT4)
+    made = Worker(Node("worker", catalog=catalog, network=network, slots=4, formats=LOSSY), planned)
+    for block in blocks[:9]:
+        made.release(made.get(block))
+        until(partial(made.holds, Format.INT4, block), what=f"{block} in int4")
+    held = [made.get(block) for block in blocks[12:14]]  # the second finds no super-slot free
+    assert sum(made.holds(Format.INT4, block) for block in blocks[:9]) == 6
+    for one in held:
+        made.release(one)
+    made.check()
+    made.node.close()
+
+
 # --- over the link --------------------------------------------------------------------------------
 
 
