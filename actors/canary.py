@@ -29,6 +29,7 @@ import torch
 from torch.nn import functional
 
 from hotset.actors.fetcher import Landing, Want
+from hotset.blocks.divergence import paired_kl
 from hotset.blocks.experts import view_weights
 from hotset.blocks.routing import combine, count_experts, group_rows
 from hotset.errors import HotsetError, TransportError
@@ -332,7 +333,7 @@ class Canary:
                 again = self._model(input_ids=ids, use_cache=False).logits[0, places]
             full = functional.log_softmax(again.float(), dim=-1)
             served = functional.log_softmax(torch.stack(one.logits).float(), dim=-1)
-            kl = (full.exp() * (full - served)).sum(dim=-1).clamp_min(0.0)
+            kl = paired_kl(full, served)
             flips = full.argmax(dim=-1) != served.argmax(dim=-1)
         return kl.tolist(), flips.tolist()
 

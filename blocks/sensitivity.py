@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from hotset.blocks.divergence import paired_kl
 from hotset.blocks.experts import ExpertWeights, layout_dtype, run_expert, view_weights
 from hotset.blocks.formats import codec
 from hotset.blocks.hf import load_skeleton
@@ -161,7 +162,7 @@ class KLMeter:
             for batch in self.batches(windows):
                 full = self._reference(batch)
                 mixed = functional.log_softmax(self._logits(batch, mix), dim=-1)
-                kl.append((full.exp() * (full - mixed)).sum(dim=-1).clamp_min_(0.0))
+                kl.append(paired_kl(full, mixed))
                 flips.append(full.argmax(dim=-1) != mixed.argmax(dim=-1))
         return PairedKL(
             kl=torch.cat(kl).double().numpy(), flips=torch.cat(flips).numpy().astype(np.bool_)
