@@ -123,9 +123,9 @@ _PREFETCHING = "prefetching"
 
 def gauges_of(charges: Sequence[Charge], *, prefetching: bool) -> dict[str, float]:
     """Return the accounts, and whether the trial lets prefetches start, as gauges of a store."""
-    found: dict[str, float] = {_PREFETCHING: prefetching}
+    found: dict[str, float] = {_PREFETCHING: float(prefetching)}  # a message refuses bools
     for charge in charges:
-        found[f"{_PREFIX}{charge.name}/on"] = charge.on
+        found[f"{_PREFIX}{charge.name}/on"] = float(charge.on)
         found[f"{_PREFIX}{charge.name}/spent_ns"] = charge.spent_ns
         found[f"{_PREFIX}{charge.name}/saved_ns"] = charge.saved_ns
     return found
