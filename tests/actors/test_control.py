@@ -10,17 +10,21 @@ import pytest
 
 from hotset.actors.commandlog import check_replay
 from hotset.actors.control import DEAD_AFTER_NS, TICK_NS, ControlCore, ControlSpec, make_brain
-from hotset.actors.messages import Heartbeat, Join, decode, encode, pack, unpack_command
+from hotset.actors.frames import read_frames
+from hotset.actors.messages import Heartbeat, Join, WorkerPlan, decode, encode, pack, unpack_command
 from hotset.errors import StaleEpochError
 from hotset.policies.types import (
     BlockId,
+    Concurrency,
     Copy,
     CopyDropped,
     CopyLanded,
     DropCopy,
     Event,
     Format,
+    LayerTimes,
     Reason,
+    RouterCounts,
     StartTransfer,
     StoreInfo,
     Tier,
@@ -64,6 +68,8 @@ class Store:
         self.generations = itertools.count(1)
         self.version = self.members = -1
         self.seen = 0
+        self.plan_epoch = -1
+        self.plans: list[WorkerPlan] = []
         self.known: dict[str, int] = {}
         self.draining = False
 
@@ -80,6 +86,7 @@ class Store:
             store=self.info.name, incarnation=self.info.incarnation,
             directory_version=self.version, membership_version=self.members,
             events=[pack(event) for event in events], gauges={}, commands_seen=self.seen,
+            plan_epoch=self.plan_epoch,
         )  # fmt: skip
         return self._take(self.core.heartbeat(decode(encode(message), Heartbeat)))
 
@@ -90,6 +97,9 @@ class Store:
             self.members = reply.membership_version
             self.known = {m.store.name: m.store.incarnation for m in reply.members}
         self.draining = reply.draining
+        if reply.plan is not None:
+            self.plan_epoch = reply.plan.epoch
+            self.plans.append(reply.plan)
         self.seen = reply.command_seq
         return [unpack_command(command) for command in reply.commands]
 
@@ -380,3 +390,62 @@ def test_advice_moves_nothing(tmp_path: Path, clock: Clock) -> None:
     assert not pool.beat()
     assert core.status()["mode"] == "advisory"
     assert any("asked host-0" in line.event for line in core.why(BlockId(0, 0))[0])
+
+
+def stale(command: StartTransfer, clock: Clock) -> TransferFailed:
+    return TransferFailed(
+        now_ns=clock(), store=command.store, block=command.block, format=command.format,
+        reason=Reason.STALE, incarnation=1,
+    )  # fmt: skip
+
+
+def working(core: ControlCore, store: Store, *, hot: int) -> list[Event]:
+    """What a worker reports while its requests use one expert of each layer most."""
+    now_ns, name = core._clock_ns(), store.info.name
+    counts = tuple(
+        (BlockId(layer, expert), 500 if expert == hot else 10)
+        for layer in LAYERS
+        for expert in range(EXPERTS)
+    )
+    times = tuple((layer, 1_000_000) for layer in LAYERS)
+    return [
+        RouterCounts(now_ns=now_ns, store=name, counts=counts, tokens=500),
+        Concurrency(now_ns=now_ns, store=name, requests=1, steps=100, tokens=500),
+        LayerTimes(now_ns=now_ns, store=name, steps=100, times=times, experts_ns=1_500_000),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["active", "advisory"])
+def test_a_plan_is_published_to_the_workers_once(tmp_path: Path, clock: Clock, mode: str) -> None:
+    core = core_in(tmp_path, clock, mode=mode)
+    workers = [Store(core, f"worker-{at}", tier=Tier.HBM, slots=8) for at in range(2)]
+    for at, worker in enumerate(workers):
+        for block in [BlockId(layer, 2 * at + e) for layer in LAYERS for e in range(2)]:
+            worker.landed(block)
+        worker.beat([stale(command, clock) for command in worker.join()])  # no first fill
+    for _ in range(25):
+        clock.now_ns += TICK_NS
+        for worker in workers:
+            worker.beat(worker.obey(worker.beat(working(core, worker, hot=0))))
+    if mode == "advisory":
+        assert not any(worker.plans for worker in workers)
+        return
+    (first,), (second,) = (worker.plans for worker in workers)
+    assert 0 in {share.block.index for share in first.shares}
+    assert 0 in {block.index for block in second.keep}
+    successor = core_in(tmp_path, clock, mode=mode)
+    assert successor._brain.plan_epoch == first.epoch == second.epoch
+
+
+def test_a_planner_that_is_not_ready_is_not_asked(tmp_path: Path, clock: Clock) -> None:
+    core = core_in(tmp_path, clock)
+    asked = []
+    core.may_plan = lambda: bool(asked.append(1))
+    pool = filled(core)
+    for _ in range(12):
+        clock.now_ns += TICK_NS
+        pool.beat()
+    assert asked
+    core.close()
+    events = [msgspec.msgpack.decode(one) for one in read_frames(tmp_path / "journal.msgpack")]
+    assert "Replan" not in {kind for kind, _ in events}
