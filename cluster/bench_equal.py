@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hotset.cluster.config import RunConfig
 from hotset.cluster.front import Front
 from hotset.cluster.local import local_cluster, quiet_environment
-from hotset.errors import ConfigError
+from hotset.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -197,7 +197,9 @@ def _into_worker(links: Mapping[str, int]) -> int:
 
 def _look(run: Deployment, side: Side) -> None:
     status = run.status()
-    worker = next(store for store in status["stores"] if store["name"] == "worker-0")
+    worker = next((store for store in status["stores"] if store["name"] == "worker-0"), None)
+    if worker is None:
+        raise ClusterError(f"the worker of the run in {side.name} was lost", remedy="run it again")
     side.held = dict(worker["blocks"])
     side.vetoes = dict(status["vetoes"])
     near = side.hits.get("hbm", 0) + side.hits.get("stand-in", 0)
