@@ -266,9 +266,12 @@ class HotCache:
             if cheap is None or cheap in LOSSLESS or block in self._flights or self._line:
                 return False
             flight = _Flight(reason=reason, trace=(0, 0), parent=0, full=True)
-            self._policy.pin(layer, expert)  # it must not make way for its own successor
+            slot = self._slot(block, cheap)
+            self._policy.pin(layer, expert)  # it must not make way for its own successor,
+            self._store.slab.pin(slot)  # nor with those that share its super-slot
             want = self._admit(block, flight, evict=True)
             self._policy.unpin(layer, expert)
+            self._store.unpin(slot)
             if want is None:
                 return False
             self._flights[block] = flight
