@@ -13,7 +13,9 @@ import re
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hotset.policies import place_score as score
+from hotset.policies.affinity import crossing
 from hotset.policies.place import plan
 from hotset.policies.place_greedy import greedy_plan
+from hotset.policies.place_types import Crossing
 from hotset.policies.planner_jit import COMPILED
 from hotset.policies.shares import best_shares
 
@@ -85,6 +89,7 @@ class Row:
     ms: float | None
     fastest_ms: float | None
     slowest_ms: float | None
+    crossing_ratio: float | None = None
 
 
 def make_load(case: Case, data: Path | None) -> Any:
@@ -177,12 +182,14 @@ def measure(case: Case, load: Any, *, repeat: int) -> list[Row]:
         )
         name = f"  after drift, target {target:g}"
         add(name, found.balancedness, found.moved_ratio, rounds)
-    if case.slots > case.experts and case.devices < 100:
-        found, rounds = _timed(
-            lambda: plan(drifted, current=first, split="free", target=0.995, **size),
-            repeat=repeat,
-        )
-        add("  after drift, shares, then moves", found.balancedness, found.moved_ratio, rounds)
+    if case.slots > case.experts:
+        for wanted in (None, 0.995) if case.devices < 100 else (None,):
+            found, rounds = _timed(
+                partial(plan, drifted, current=first, split="free", target=wanted, **size),
+                repeat=repeat,
+            )
+            name = "defaults" if wanted is None else f"target {wanted:g}"
+            add(f"  after drift, free, {name}", found.balancedness, found.moved_ratio, rounds)
     return rows
 
 
@@ -242,6 +249,78 @@ def _follow(case: str, windows: list[Any]) -> list[Row]:
     ]
 
 
+def affinity_rows(data: Path | None) -> list[Row]:
+    """Tokens between nodes, planned on the first half of a recorded stream, judged on the second.
+
+    The rival brings experts to nodes layer by layer, each by the best assignment there is, as
+    MoETuner's integer programs do; it has no replicas and balances the number of experts alone.
+    """
+    path = None if data is None else data / "router" / "deepseek_v2_lite_esft.npz"
+    if path is None or not path.exists():
+        return []
+    rows = []
+    size: dict[str, Any] = {"num_devices": 8, "num_slots": 72, "num_nodes": 4}
+    with np.load(path) as found:
+        for name in ("intent", "law"):
+            tokens = found[f"{name}_topk"].astype(np.int64)
+            seen, judged = np.array_split(tokens, 2)
+            load, counts = _usage(seen)
+            later_load, later = _usage(judged)
+            plans = {
+                "planned for balance": plan(load, **size),
+                "with co_routing": plan(load, co_routing=counts, **size),
+            }
+            for what, placed in plans.items():
+                slots = placed.physical_to_logical_map
+                balance = score.balancedness(slots, placed.shares, later_load, speed=np.ones(8))
+                rows.append(_crossing_row(name, what, balance.mean(), crossing(placed, later)))
+            if find_spec("scipy") is None:
+                continue  # solves the rival's assignments
+            rival = _assigned(counts, experts=64, nodes=4)
+            stay = sum(
+                float(step[first[:, None] == second[None, :]].sum())
+                for step, (first, second) in zip(later, pairwise(rival), strict=True)
+            )
+            by_node = np.stack([
+                [row[home == node].sum() for node in range(4)]
+                for row, home in zip(later_load, rival, strict=True)
+            ])  # fmt: skip
+            balance = by_node.mean(axis=1) / by_node.max(axis=1)
+            part = Crossing(tokens=0.0, ratio=1.0 - stay / later.sum(), saved_tokens=0.0)
+            rows.append(_crossing_row(name, "assignment (nodes)", balance.mean(), part))
+    return rows
+
+
+def _crossing_row(name: str, what: str, balance: Any, found: Crossing) -> Row:
+    return Row(
+        case=f"affinity {name}", what=what, balancedness=float(balance), moved_ratio=None, ms=None,
+        fastest_ms=None, slowest_ms=None, crossing_ratio=found.ratio,
+    )  # fmt: skip
+
+
+def _usage(tokens: Any) -> tuple[Any, Any]:
+    """Uses [L, 64] and uses of a pair of experts in a layer and the next [L - 1, 64, 64]."""
+    layers = tokens.shape[1]
+    load = np.stack([np.bincount(tokens[:, one].ravel(), minlength=64) for one in range(layers)])
+    counts = np.zeros((layers - 1, 64, 64))
+    for layer in range(layers - 1):
+        pairs = tokens[:, layer, :, None] * 64 + tokens[:, layer + 1, None, :]
+        counts[layer] = np.bincount(pairs.ravel(), minlength=64 * 64).reshape(64, 64)
+    return load.astype(float), counts
+
+
+def _assigned(counts: Any, *, experts: int, nodes: int) -> list[Any]:
+    """Node of each expert by layer: the assignment that keeps most tokens on their node."""
+    solve = import_module("scipy.optimize").linear_sum_assignment
+    homes = [np.arange(experts) * nodes // experts]
+    places = np.repeat(np.arange(nodes), experts // nodes)
+    for step in counts:
+        wish = np.stack([step[homes[-1] == node].sum(axis=0) for node in range(nodes)], axis=1)
+        expert, place = solve(-wish[:, places])
+        homes.append(places[place[np.argsort(expert)]])
+    return homes
+
+
 def render(rows: list[Row]) -> str:
     """Return the rows as text, a block for each case."""
     lines = []
@@ -256,6 +335,8 @@ def render(rows: list[Row]) -> str:
             if row.ms is None
             else f"{row.ms:9.1f} ms ({row.fastest_ms:.1f}-{row.slowest_ms:.1f})"
         )
+        if row.crossing_ratio is not None:
+            took = f"{row.crossing_ratio:9.2%} of tokens change node"
         lines.append(f"  {row.what:<36} {row.balancedness:.4f} {moved:>14} {took}".rstrip())
     return "\n".join(lines)
 
@@ -282,7 +363,7 @@ def run_bench(*, quick: bool, repeat: int, data: Path | None, as_json: bool) -> 
         say(render(found))
         rows += found
     if not quick:
-        found = stream_rows(data)
+        found = stream_rows(data) + affinity_rows(data)
         say(render(found) if found else "streams\n  left out: set HOTSET_DATA")
         rows += found
     if as_json:

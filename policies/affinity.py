@@ -21,6 +21,7 @@ import numpy as np
 
 from hotset.policies import place_score as score
 from hotset.policies.place_check import as_numpy, ratio
+from hotset.policies.place_types import Crossing
 from hotset.policies.planner_jit import compiled
 
 if TYPE_CHECKING:
@@ -60,6 +61,17 @@ def crossing_tokens(placement: Placement, co_routing: Any) -> float:
     part = node_shares(placement)
     stay = np.einsum("lab,lan,lbn->", counts, part[:-1], part[1:], optimize=True)
     return float(counts.sum() - stay)
+
+
+def crossing(placement: Placement, co_routing: Any, *, before: Placement | None = None) -> Crossing:
+    """Traffic between nodes under a plan, and what it saves against the plan `before`."""
+    counts = _check(placement, co_routing)
+    tokens = crossing_tokens(placement, counts)
+    return Crossing(
+        tokens=tokens,
+        ratio=tokens / max(float(counts.sum()), 1e-300),
+        saved_tokens=0.0 if before is None else crossing_tokens(before, counts) - tokens,
+    )
 
 
 def follow(

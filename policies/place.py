@@ -15,6 +15,7 @@ there are experts; no device goes over its capacity; a legal current plan never 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,8 +30,10 @@ from hotset.policies.place_check import (
     ratio,
     whole,
 )
+from hotset.policies.place_greedy import beat_greedy
 from hotset.policies.place_types import Placement, PlanReason
-from hotset.policies.planner_keep import Traces, cut, keep_free_layers, keep_layers
+from hotset.policies.planner_free import keep_free_layers
+from hotset.policies.planner_keep import Traces, cut, keep_layers
 from hotset.policies.planner_kernels import Fleet, Log
 from hotset.policies.planner_layers import Prices, fresh_layers
 from hotset.policies.planner_mix import mix_layers
@@ -73,6 +76,7 @@ def plan(  # noqa: PLR0913 - the planner's one door; everything after `num_slots
     risk: float = 0.0,
     formats: Mapping[str, float] | None = None,
     floors: Any = None,
+    co_routing: Any = None,
 ) -> Placement:
     """Plan a placement for `load` [L, E], or [W, L, E] for several windows.
 
@@ -93,6 +97,11 @@ def plan(  # noqa: PLR0913 - the planner's one door; everything after `num_slots
     to 1 leads from the mean of the windows to the worst of them. `formats` (bytes by name) and
     `floors` choose formats as well: see `place_formats`, whose `plan_formats` returns them.
 
+    With `co_routing` [L - 1, E, E], tokens that use expert a in layer l and b in layer l + 1, a
+    plan from nothing brings experts that follow each other to one node (see `affinity`), and
+    `Placement.crossing` tells the traffic between nodes. A plan from a current one tells it only:
+    to rearrange would move bytes.
+
     Raises ValueError that names the argument.
     """
     windows = check_load(load)
@@ -112,6 +121,7 @@ def plan(  # noqa: PLR0913 - the planner's one door; everything after `num_slots
             speed=speed,
             target=target,
             split=split,
+            co_routing=co_routing,
         ).placement
     cluster = check_cluster(
         num_devices=num_devices,
@@ -131,12 +141,16 @@ def plan(  # noqa: PLR0913 - the planner's one door; everything after `num_slots
     if split not in {"even", "free"}:
         raise ValueError(f"split must be 'even' or 'free', not {split!r}")
     prices = _prices(move=move_price or MOVE_PRICE, cross=cross_node_price, leave=leave_price)
-    fleet = _fleet(cluster, experts=experts, spread=whole(spread_nodes, name="spread_nodes"))
+    fleet = _fleet(
+        cluster,
+        experts=experts,
+        spread=whole(spread_nodes, name="spread_nodes"),
+        least=whole(min_replicas, name="min_replicas"),
+    )
     usable = _usable(cluster, nbytes, experts=experts)
-    least = whole(min_replicas, name="min_replicas")
-    if least * experts > usable.sum() or least > num_devices * fleet.twice:
+    if fleet.least * experts > usable.sum() or fleet.least > num_devices * fleet.twice:
         raise ValueError(
-            f"min_replicas {least} of {experts} experts do not fit {usable.sum()} slots"
+            f"min_replicas {fleet.least} of {experts} experts do not fit {usable.sum()} slots"
         )
     before = None
     if current is not None:
@@ -147,7 +161,7 @@ def plan(  # noqa: PLR0913 - the planner's one door; everything after `num_slots
     for blend in _blends(windows, risk=risk):
         shaped = _normal(blend)
         if before is None:
-            slots, missing = _fresh(shaped, nbytes, fleet, homes, usable, least, leave_price)
+            slots, missing = _fresh(shaped, nbytes, fleet, homes, usable, leave_price)
         else:
             slots, missing = _keep(
                 before, shaped, nbytes, fleet, homes, prices, wanted, budget, move_price, split
@@ -158,7 +172,29 @@ def plan(  # noqa: PLR0913 - the planner's one door; everything after `num_slots
             )
         results.append(slots)
     chosen = _least_risk(results, windows, speed=cluster.speed, risk=risk)
-    return finish(chosen, windows, cluster=cluster, sizes=nbytes, current=before, split=split)
+    found = finish(chosen, windows, cluster=cluster, sizes=nbytes, current=before, split=split)
+    return _followed(found, windows, co_routing, cluster=cluster, fresh=before is None, split=split)
+
+
+def _followed(  # noqa: PLR0913 - what `finish` needs once more
+    found: Placement,
+    windows: Floats,
+    co_routing: Any,
+    *,
+    cluster: Cluster,
+    fresh: bool,
+    split: Literal["even", "free"],
+) -> Placement:
+    """Arrange a plan from nothing for affinity, and report the traffic between nodes."""
+    if co_routing is None:
+        return found
+    from hotset.policies.affinity import crossing, follow
+
+    if not fresh:
+        return replace(found, crossing=crossing(found, co_routing))
+    slots = follow(found, co_routing).placement.physical_to_logical_map
+    final = finish(slots, windows, cluster=cluster, sizes=found.sizes, current=None, split=split)
+    return replace(final, crossing=crossing(final, co_routing, before=found))
 
 
 def finish(  # noqa: PLR0913 - the parts of a placement
@@ -240,7 +276,7 @@ def _prices(*, move: float, cross: float, leave: float) -> Prices:
     return Prices(1.0, cross / move, leave / move)
 
 
-def _fleet(cluster: Cluster, *, experts: int, spread: int) -> Fleet:
+def _fleet(cluster: Cluster, *, experts: int, spread: int, least: int) -> Fleet:
     return Fleet(
         node=cluster.node,
         pace=cluster.speed.sum() / cluster.speed,
@@ -249,6 +285,7 @@ def _fleet(cluster: Cluster, *, experts: int, spread: int) -> Fleet:
         width=cluster.width,
         twice=-(-cluster.width // experts),
         spread=min(spread, cluster.num_nodes),
+        least=least,
     )
 
 
@@ -320,7 +357,7 @@ def _least_risk(plans: list[Ints], windows: Floats, *, speed: Floats, risk: floa
 
 
 def _fresh(  # noqa: PLR0913, PLR0917 - arrays for the kernel, in its order
-    load: Floats, sizes: Floats, fleet: Fleet, homes: Ints, usable: Ints, least: int, leave: float
+    load: Floats, sizes: Floats, fleet: Fleet, homes: Ints, usable: Ints, leave: float
 ) -> tuple[Ints, int]:
     slots = np.full((load.shape[0], fleet.node.shape[0] * fleet.width), -1, dtype=np.int64)
     most = 4 * slots.shape[1]
@@ -330,12 +367,14 @@ def _fresh(  # noqa: PLR0913, PLR0917 - arrays for the kernel, in its order
         np.zeros(most + 1),
         np.zeros(most + 1),
     )
-    missing = fresh_layers(slots, load, sizes, fleet, homes, usable, least, log)
+    missing = fresh_layers(slots, load, sizes, fleet, homes, usable, log)
     if homes[0, 0] >= 0:
         away = Prices(0.0, 0.0, 1.0)
         slots, _ = _keep(slots, load, sizes, fleet, homes, away, 1.0, np.inf, leave)
-    elif fleet.width > 2 and not missing.any():
-        mix_layers(slots, load, sizes, fleet, homes, log)
+    elif not missing.any():
+        beat_greedy(slots, load, fleet)
+        if fleet.width > 1:
+            mix_layers(slots, load, sizes, fleet, homes, log)
     return slots, int(missing.sum())
 
 

@@ -55,13 +55,15 @@ def plan_formats(  # noqa: PLR0913 - the terms of one trade
     speed: Any = None,
     target: float | None = None,
     split: Literal["even", "free"] = "even",
+    co_routing: Any = None,
 ) -> FormatPlan:
     """Choose formats, replica counts and places under `device_bytes` (a number or [D]).
 
     `formats` gives the bytes of a copy by name. `device_bytes` defaults to `num_slots` copies of
     the best format over all devices. `floors` says what the guardrail allows: a `Guardrail`, one
     name, or a mapping from layer to name (absent layers stay at the best format); None allows every
-    format given. `sensitivity` [L, E] is the divergence of a demotion, by default the load.
+    format given. `sensitivity` [L, E] is the divergence of a demotion, by default the load;
+    `co_routing` is that of `place.plan`.
 
     The plan's slots are as many as the cheapest format would fill; slots without bytes stay empty.
     Raises ValueError that names the argument.
@@ -87,7 +89,7 @@ def plan_formats(  # noqa: PLR0913 - the terms of one trade
             found = place.plan(
                 load, num_devices=devices, num_slots=slots, num_nodes=num_nodes,
                 sizes=nbytes[codes], capacity=room, speed=speed, split=split, target=target,
-                current=_fitting(current, slots),
+                current=_fitting(current, slots), co_routing=co_routing,
             )  # fmt: skip
         except ValueError as refusal:
             if stage == STAGES or "capacity" not in str(refusal):

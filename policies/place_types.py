@@ -26,6 +26,19 @@ class PlanReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """Tokens that change node between a MoE layer and the next, expected under co-routing counts.
+
+    `ratio` is of all tokens that go from one layer to the next; `saved_tokens` is how many more
+    would change node if the plan had not been arranged for affinity.
+    """
+
+    tokens: float
+    ratio: float
+    saved_tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Which expert is in which slot, and which part of its tokens each slot takes.
 
@@ -52,6 +65,7 @@ class Placement:
     load: Floats  # [L, E] tokens that were planned for
     speed: Floats  # [D]
     sizes: Floats  # [L, E] bytes of a copy
+    crossing: Crossing | None = None  # when co-routing counts were given
 
     @property
     def moved_ratio(self) -> float:

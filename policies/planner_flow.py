@@ -73,7 +73,7 @@ def open_flow(slot: Ints, load: Floats, speed: Floats) -> Flow:
         np.zeros(devices, dtype=np.int64),
         np.zeros(devices, dtype=np.int64),
     )
-    list_hosts(whole)
+    list_hosts(slot, whole.first, whole.hosts, whole.next_host)
     for expert in range(experts):
         start, end = whole.first[expert], whole.first[expert + 1]
         for index in range(start, end):
@@ -84,9 +84,8 @@ def open_flow(slot: Ints, load: Floats, speed: Floats) -> Flow:
 
 
 @compiled
-def list_hosts(whole: Flow) -> None:
-    """Derive `first` and `hosts` from `slot`."""
-    slot, first, hosts, ahead = whole.slot, whole.first, whole.hosts, whole.next_host
+def list_hosts(slot: Ints, first: Ints, hosts: Ints, ahead: Ints) -> None:
+    """List slots by expert: those of e are `hosts[first[e] : first[e + 1]]`; `ahead` is scratch."""
     first[:] = 0
     for at in range(slot.shape[0]):
         if slot[at] >= 0:
@@ -99,6 +98,35 @@ def list_hosts(whole: Flow) -> None:
         if expert >= 0:
             hosts[ahead[expert]] = at
             ahead[expert] += 1
+
+
+@compiled
+def _root(label: Ints, device: int) -> int:
+    while label[device] != device:
+        label[device] = label[label[device]]
+        device = int(label[device])
+    return device
+
+
+@compiled
+def find_sets(label: Ints, first: Ints, hosts: Ints, width: int) -> int:
+    """Label devices [D] that share an expert with the first of their set; return how many sets."""
+    number = len(label)
+    for device in range(number):
+        label[device] = device
+    for expert in range(first.shape[0] - 1):
+        if first[expert + 1] - first[expert] < 2:
+            continue
+        one = _root(label, hosts[first[expert]] // width)
+        for index in range(first[expert] + 1, first[expert + 1]):
+            two = _root(label, hosts[index] // width)
+            if one != two:
+                label[max(one, two)] = min(one, two)
+                one = min(one, two)
+                number -= 1
+    for device in range(label.shape[0]):
+        label[device] = _root(label, device)
+    return number
 
 
 @compiled
@@ -203,13 +231,30 @@ def _drain(whole: Flow, source: int, limit: float) -> None:
 
 
 @compiled
+def _set_bound(whole: Flow, goal: float) -> float:
+    """The limit that the most burdened connected set allows, if above `goal`; marks it `stuck`."""
+    label, devices = whole.next_slot, whole.held.shape[0]
+    find_sets(label, whole.first, whole.hosts, whole.slot.shape[0] // devices)
+    load, speed = np.zeros(devices), np.zeros(devices)
+    for device in range(devices):
+        load[label[device]] += whole.held[device]
+        speed[label[device]] += whole.speed[device]
+    worst, limit = -1, goal * (1.0 + TOLERANCE)
+    for device in range(devices):
+        if load[device] > limit * speed[device]:
+            worst, limit = device, load[device] / speed[device]
+    for device in range(devices):
+        whole.stuck[device] = 1 if label[device] == worst else 0
+    return float(limit) if worst >= 0 else goal
+
+
+@compiled
 def level(whole: Flow, goal: float) -> float:
     """Push until every device keeps the least possible limit, but no lower than `goal`; return it.
 
     `stuck` marks the devices that keep the limit from being lower, if it is above `goal`.
     """
-    limit = goal
-    whole.stuck[:] = 0
+    limit = _set_bound(whole, goal)
     for _ in range(64 * whole.slot.shape[0]):
         seen, found = _survey(whole, limit)
         if seen == 0:

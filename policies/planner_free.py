@@ -20,7 +20,7 @@ import numpy as np
 
 from hotset.policies.planner_flow import Flow, hold, level, list_hosts, open_flow
 from hotset.policies.planner_jit import compiled
-from hotset.policies.planner_keep import Traces
+from hotset.policies.planner_keep import Traces  # noqa: TC001 - names what the stamp depends on
 from hotset.policies.planner_kernels import (
     Fleet,
     Floats,
@@ -32,8 +32,10 @@ from hotset.policies.planner_kernels import (
 )
 from hotset.policies.planner_layers import Prices, blank, price_copies, repair
 
-TRIES = 4
-"""Steps that are tried until one relieves the bottleneck, the most promising first."""
+TRIES = 16
+ENOUGH = 4
+"""Steps that may be tried to relieve a bottleneck, the most promising first, and how many are if
+one of them does."""
 COMERS = 4
 """Experts of the bottleneck that are considered for a slot, the one with most load first."""
 LEAST_GAIN = 1e-7
@@ -88,7 +90,7 @@ def _openings(layer: Layer, fleet: Fleet, whole: Flow, limit: float, price: floa
             bound_speed += speed[device]
     for at in range(layer.slot.shape[0]):
         old, device = layer.slot[at], at // width
-        if old < 0 or layer.count[old] < 2 or stuck[device] == 1:
+        if old < 0 or layer.count[old] <= fleet.least or stuck[device] == 1:
             continue
         rest = 0.0
         for index in range(whole.first[old], whole.first[old + 1]):
@@ -135,8 +137,10 @@ def _step(
     """Relieve the bottleneck by one overwrite: (limit then, slot, expert before), or slot -1."""
     flow, held, stuck = whole.flow.copy(), whole.held.copy(), whole.stuck.copy()
     best, chosen, comer = LEAST_GAIN, -1, -1
-    for at, new in _openings(layer, fleet, whole, limit, price):
-        if at < 0:
+    openings = _openings(layer, fleet, whole, limit, price)
+    for rank in range(TRIES):
+        at, new = openings[rank]
+        if at < 0 or (rank >= ENOUGH and chosen >= 0):
             break
         old, device = layer.slot[at], at // fleet.width
         _overwrite(layer, fleet, whole, at, new)

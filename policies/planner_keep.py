@@ -1,12 +1,12 @@
 """Plans layers from a current plan, and keeps of all their steps those that pay. Compiled.
 
 Decides which steps of which layer are carried out. Must not know arguments as users give them
-(`place` checks those) or how a step is found.
+(`place` checks those) or how a step is found. With free shares `planner_free` makes the steps.
 
 Invariant: a layer that started from a whole plan never ends with a slower slowest device.
 """
 
-# ruff: noqa: C901, PLR0913, PLR0917 - numba has no keyword-only arguments, and a call that hands
+# ruff: noqa: PLR0913, PLR0917 - numba has no keyword-only arguments, and a call that hands
 # over a whole layer costs more than the loop around it
 
 from __future__ import annotations
@@ -15,26 +15,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hotset.policies.planner_flow import level_layer
 from hotset.policies.planner_jit import compiled
 from hotset.policies.planner_kernels import (
     Fleet,
     Floats,
     Ints,
-    Layer,
     Log,
-    covered,
     search,
     settle,
-    write,
 )
 from hotset.policies.planner_layers import Prices, blank, price_copies, repair
 
 KEEP_REACH = 0.8
 """Reach of the search, see `planner_kernels.search`."""
-SPARES = 12
-COMERS = 4
-"""Spare replicas and experts that are tried in every pair when shares are free."""
 
 
 class Traces(NamedTuple):
@@ -125,95 +118,3 @@ def _next(traces: Traces, index: int, start: int, budget: float) -> tuple[int, f
         if worth > best:
             best, chosen = worth, step
     return chosen, best
-
-
-@compiled
-def _limit(slot: Ints, load: Floats, speed: Floats, shares: Floats, time: Floats) -> float:
-    """Level a layer; fill `time` [D] and return that of the slowest device."""
-    shares[:] = 0.0
-    level_layer(slot, load, speed, shares)
-    width = slot.shape[0] // speed.shape[0]
-    time[:] = 0.0
-    for at in range(slot.shape[0]):
-        if slot[at] >= 0:
-            time[at // width] += shares[at] * load[slot[at]] / speed[at // width]
-    return float(time.max())
-
-
-@compiled
-def _free_step(
-    layer: Layer, fleet: Fleet, speed: Floats, shares: Floats, time: Floats, price: float
-) -> tuple[int, int]:
-    """The overwrite that lowers the limit most for its price: (slot, expert), or (-1, -1).
-
-    Little used spare replicas become replicas of what burdens the bottleneck: one copy opens a way
-    out of it for as much load as wanted.
-    """
-    width, experts = fleet.width, layer.load.shape[0]
-    peak = time.max()
-    burden = np.zeros(experts)
-    idle = np.full(layer.slot.shape[0], np.inf)
-    for at in range(layer.slot.shape[0]):
-        expert = layer.slot[at]
-        if expert < 0:
-            continue
-        if time[at // width] >= peak - 1e-7:
-            burden[expert] += shares[at] * layer.load[expert]
-        if layer.count[expert] > 1:
-            idle[at] = shares[at] * layer.load[expert]
-    heavy = np.argsort(-burden, kind="mergesort")[:COMERS]
-    before, after = shares.copy(), time.copy()
-    best, chosen, comer = 1e-7, -1, -1
-    for at in np.argsort(idle, kind="mergesort")[:SPARES]:
-        if np.isinf(idle[at]):
-            break
-        old, device = layer.slot[at], at // width
-        for new in heavy:
-            if burden[new] <= 0.0 or new == old or layer.hold[device, new] >= fleet.twice:
-                continue
-            if layer.used[device] + layer.size[new] - layer.size[old] > fleet.room[device]:
-                continue
-            if not covered(layer, fleet, old, device, -1, layer.count[old] - 1):
-                continue
-            if not covered(layer, fleet, new, -1, device, layer.count[new] + 1):
-                continue
-            layer.slot[at] = new
-            gain = peak - _limit(layer.slot, layer.load, speed, before, after)
-            layer.slot[at] = old
-            gain /= 1.0 + price * max(layer.cost[device, new] - layer.cost[device, old], 0.0)
-            if gain > best * 1e-3 and (chosen < 0 or gain > best):
-                best, chosen, comer = gain, at, new
-    return chosen, comer
-
-
-@compiled
-def keep_free_layers(
-    slot: Ints, load: Floats, size: Floats, fleet: Fleet, home: Ints, prices: Prices,
-    goal: Floats, traces: Traces,
-) -> Ints:  # fmt: skip
-    """As `keep_layers`, with shares that are levelled after every step."""
-    missing = np.zeros(slot.shape[0], dtype=np.int64)
-    speed = 1.0 / fleet.pace
-    shares, time = np.zeros(slot.shape[1]), np.zeros(speed.shape[0])
-    for index in range(slot.shape[0]):
-        layer = blank(load[index], size[index], slot[index], home[index], fleet, True)
-        settle(layer, fleet)
-        price_copies(layer, fleet, prices)
-        missing[index] = repair(layer, fleet)
-        price = 1.0 / size[index].mean()
-        steps, spent = 0, 0.0
-        traces.peak[index, 0] = _limit(layer.slot, layer.load, speed, shares, time)
-        while traces.peak[index, steps] > goal[index] and steps < traces.peak.shape[1] - 1:
-            at, new = _free_step(layer, fleet, speed, shares, time, price)
-            if at < 0:
-                break
-            old, device = layer.slot[at], at // fleet.width
-            spent += layer.cost[device, new] - layer.cost[device, old]
-            traces.writes[index, steps] = (at, old, new)
-            write(layer, fleet, at, new)
-            steps += 1
-            traces.ends[index, steps] = steps
-            traces.spent[index, steps] = spent
-            traces.peak[index, steps] = _limit(layer.slot, layer.load, speed, shares, time)
-        traces.steps[index] = steps
-    return missing

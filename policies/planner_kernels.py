@@ -18,6 +18,7 @@ expert keeps a copy; no device goes over its bytes or holds an expert more than 
 
 from __future__ import annotations
 
+import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ class Fleet(NamedTuple):
     width: int  # slots of a device
     twice: int  # most copies of one expert on one device: 1 unless slots outnumber experts
     spread: int  # nodes that the replicas of an expert must cover, as far as it has replicas
+    least: int  # fewest replicas of an expert that a search leaves
 
 
 class Layer(NamedTuple):
@@ -83,27 +85,29 @@ def replicate(load: Floats, left: int, most: int, cap: float, cold: bool, count:
     coldest or the hottest of them. Many replicas just above half a device's load cannot be paired;
     fewer and larger ones, with small experts beside them, can.
     """
-    for _ in range(left):
-        best, chosen = -1.0, -1
-        for expert in range(load.shape[0]):
-            if count[expert] < most:
-                unit = load[expert] / count[expert]
-                if unit > best:
-                    best, chosen = unit, expert
-        if chosen >= 0 and best <= cap:
-            rest = -1
-            for expert in range(load.shape[0]):
-                if count[expert] == 1 and most > 1:
-                    better = rest < 0 or (
-                        load[expert] < load[rest] if cold else load[expert] > load[rest]
-                    )
-                    if better:
-                        rest = expert
-            if rest >= 0:
-                chosen = rest
-        if chosen < 0:
-            return
+    queue = [(-load[e] / count[e], e) for e in range(load.shape[0]) if count[e] < most]
+    heapq.heapify(queue)
+    singles = np.argsort(load if cold else -load, kind="mergesort")
+    next_single = 0
+    while left > 0 and len(queue) > 0:
+        unit, chosen = queue[0]
+        if unit != -load[chosen] / count[chosen]:  # got one as a single
+            heapq.heappop(queue)
+            if count[chosen] < most:
+                heapq.heappush(queue, (-load[chosen] / count[chosen], chosen))
+            continue
+        if -unit <= cap and most > 1:
+            while next_single < singles.shape[0] and count[singles[next_single]] > 1:
+                next_single += 1
+            if next_single < singles.shape[0]:
+                count[singles[next_single]] += 1
+                left -= 1
+                continue
         count[chosen] += 1
+        left -= 1
+        heapq.heappop(queue)
+        if count[chosen] < most:
+            heapq.heappush(queue, (-load[chosen] / count[chosen], chosen))
 
 
 @compiled
@@ -321,6 +325,7 @@ def scan_overwrites(
     becomes one of an expert elsewhere.
     """
     width, twice, spread, pace = fleet.width, fleet.twice, fleet.spread, fleet.pace
+    least = fleet.least
     slot, unit, less, hold, cost = layer.slot, layer.unit, layer.less, layer.hold, layer.cost
     size, count, time = layer.size, layer.count, layer.time
     top, pace_hot = time[hot], pace[hot]
@@ -329,7 +334,7 @@ def scan_overwrites(
     relief, known, fee = 0.0, -1, 0.0
     for at in range(slot.shape[0]):
         old = slot[at]
-        if old < 0 or count[old] < 2:
+        if old < 0 or count[old] <= least:
             continue
         device = at // width
         on_hot = device == hot

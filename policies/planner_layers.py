@@ -28,6 +28,7 @@ from hotset.policies.planner_kernels import (
     search,
     settle,
 )
+from hotset.policies.planner_pairs import fold_counts
 from hotset.policies.planner_scans import FORBIDDEN
 
 FINE_GOAL = 1.0003
@@ -157,6 +158,46 @@ def _squeeze(layer: Layer, fleet: Fleet, free: Ints, expert: int) -> bool:
 
 
 @compiled
+def _displace(layer: Layer, fleet: Fleet, expert: int, least: int) -> bool:
+    """Overwrite the replica that carries least, of an expert with more than `least`."""
+    best, chosen = np.inf, -1
+    for at in range(layer.slot.shape[0]):
+        old = layer.slot[at]
+        if old < 0 or layer.count[old] <= least:
+            continue
+        device = at // fleet.width
+        if layer.hold[device, expert] >= fleet.twice:
+            continue
+        if not covered(layer, fleet, expert, -1, device, layer.count[expert] + 1):
+            continue
+        if layer.used[device] - layer.size[old] + layer.size[expert] > fleet.room[device]:
+            continue
+        if not covered(layer, fleet, old, device, -1, layer.count[old] - 1):
+            continue
+        unit = layer.load[old] / layer.count[old]
+        if unit < best:
+            best, chosen = unit, at
+    if chosen >= 0:
+        _put(layer, fleet, chosen, expert)
+    return chosen >= 0
+
+
+@compiled
+def _raise_counts(layer: Layer, fleet: Fleet, free: Ints) -> None:
+    """Bring experts with too few replicas to `least`, as far as there is room."""
+    for expert in range(layer.load.shape[0]):
+        while 0 < layer.count[expert] < fleet.least:
+            settle(layer, fleet)
+            unit = layer.load[expert] / fleet.least
+            device = _best_device(layer, fleet, free, expert, layer.time, unit, -1)
+            if device >= 0:
+                _put(layer, fleet, _gap(layer, fleet, device), expert)
+                free[device] -= 1
+            elif not _displace(layer, fleet, expert, fleet.least):
+                break
+
+
+@compiled
 def _place(
     layer: Layer, fleet: Fleet, free: Ints, finish: Floats, expert: int, unit: float
 ) -> bool:
@@ -235,6 +276,7 @@ def pack(layer: Layer, fleet: Fleet, count: Ints, firsts: bool) -> int:
                 if not _squeeze(layer, fleet, free, expert):
                     missing += layer.count[expert] == 0
                     break  # its further replicas would fare no better
+    _raise_counts(layer, fleet, free)
     fill(layer, fleet, free)
     settle(layer, fleet)
     return missing
@@ -286,25 +328,28 @@ def _counts(load: Floats, fleet: Fleet, home: Ints, slots: Ints, cap: float, col
 def _start(layer: Layer, fleet: Fleet, slots: Ints, start: int) -> Ints:
     """Replica counts to begin with: the greedy ones, or fewer replicas of the hottest.
 
-    Pairs of slots need replicas that complement each other, so only little is taken there; with
-    more slots a large replica finds small company, so the hottest may fill most of a device.
+    Pairs of slots need replicas that complement each other, see `planner_pairs`; with more slots a
+    large replica finds small company, so the hottest may fill most of a device.
     """
     count = _counts(layer.load, fleet, layer.home, slots, 0.0, False)
-    if start == 0:
-        return count
-    cap = (0.7 if start == 1 else 0.8) / fleet.pace.shape[0]
-    if fleet.width < 3:
-        cap = 1.02 * (layer.load / count).max()
-    return _counts(layer.load, fleet, layer.home, slots, cap, fleet.width < 3 or start == 2)
+    devices = fleet.pace.shape[0]
+    pairs = fleet.width == 2 and layer.home[0] < 0 and fleet.pace.min() == fleet.pace.max()
+    if start > 0:
+        cap = (0.7 if start == 1 else 0.8) / devices
+        if fleet.width < 3:
+            cap = 1.02 * (layer.load / count).max()
+        count = _counts(layer.load, fleet, layer.home, slots, cap, fleet.width < 3 or start == 2)
+    if pairs:
+        fold_counts(layer.load, count, devices * fleet.twice)
+    return count
 
 
 @compiled
-def fresh_layer(layer: Layer, fleet: Fleet, slots: Ints, least: int, price: float, log: Log) -> int:
+def fresh_layer(layer: Layer, fleet: Fleet, slots: Ints, price: float, log: Log) -> int:
     """Plan one layer from nothing; keep the best of a few replica counts.
 
-    `slots[n]` are the usable slots of node n, `least` the fewest replicas of an expert. A search
-    changes counts; packing again with those is often better. Returns the number of experts that
-    found no room.
+    `slots[n]` are the usable slots of node n. A search changes counts; packing again with those is
+    often better. Returns the number of experts that found no room.
     """
     best = layer.slot.copy()
     best_peak, best_missing = np.inf, layer.load.shape[0] + 1
@@ -319,8 +364,8 @@ def fresh_layer(layer: Layer, fleet: Fleet, slots: Ints, least: int, price: floa
             enough = floor * (RETRY_ABOVE if wide else RETRY_PAIRS_ABOVE)
         last = np.inf
         for again in range(ROUNDS if wide or start != 1 else 1):
-            if least > 1:
-                _at_least(count, least, slots.sum())
+            if fleet.least > 1:
+                _at_least(count, fleet.least, slots.sum())
             missing = pack(layer, fleet, count, start == 3)
             if start == 0 and again == 0:
                 packed = layer.time.max()
@@ -333,6 +378,8 @@ def fresh_layer(layer: Layer, fleet: Fleet, slots: Ints, least: int, price: floa
                 best_peak, best_missing = peak, missing
             if best_peak <= floor * REPACK_ABOVE or peak > last - WORTH_PACKING:
                 break
+            if (layer.count == count).all():
+                break  # packing again would give the same
             last = peak
             count = np.maximum(layer.count, 1)
         if best_missing == 0 and best_peak <= enough:
@@ -384,32 +431,16 @@ def repair(layer: Layer, fleet: Fleet) -> int:
             if device >= 0:
                 _put(layer, fleet, _gap(layer, fleet, device), expert)
                 free[device] -= 1
-            elif not _squeeze(layer, fleet, free, expert) and not _displace(layer, fleet, expert):
+            elif (
+                not _squeeze(layer, fleet, free, expert)
+                and not _displace(layer, fleet, expert, fleet.least)
+                and not _displace(layer, fleet, expert, 1)
+            ):
                 missing += 1
+    _raise_counts(layer, fleet, free)
     fill(layer, fleet, free)
     settle(layer, fleet)
     return missing
-
-
-@compiled
-def _displace(layer: Layer, fleet: Fleet, expert: int) -> bool:
-    """Overwrite the spare replica that carries least with a missing expert."""
-    best, chosen = np.inf, -1
-    for at in range(layer.slot.shape[0]):
-        old = layer.slot[at]
-        if old < 0 or layer.count[old] < 2:
-            continue
-        device = at // fleet.width
-        if layer.used[device] - layer.size[old] + layer.size[expert] > fleet.room[device]:
-            continue
-        if not covered(layer, fleet, old, device, -1, layer.count[old] - 1):
-            continue
-        unit = layer.load[old] / layer.count[old]
-        if unit < best:
-            best, chosen = unit, at
-    if chosen >= 0:
-        _put(layer, fleet, chosen, expert)
-    return chosen >= 0
 
 
 @compiled
@@ -430,8 +461,7 @@ def price_copies(layer: Layer, fleet: Fleet, prices: Prices) -> None:
 
 @compiled
 def fresh_layers(
-    slot: Ints, load: Floats, size: Floats, fleet: Fleet, home: Ints, slots: Ints, least: int,
-    log: Log,
+    slot: Ints, load: Floats, size: Floats, fleet: Fleet, home: Ints, slots: Ints, log: Log,
 ) -> Ints:  # fmt: skip
     """Plan every layer from nothing into `slot` [L, P]; return missing experts by layer.
 
@@ -444,5 +474,5 @@ def fresh_layers(
         if priced:
             price_copies(layer, fleet, Prices(0.0, 0.0, 1.0))
         price = FORBIDDEN / size[index].mean() if priced else 0.0
-        missing[index] = fresh_layer(layer, fleet, slots, least, price, log)
+        missing[index] = fresh_layer(layer, fleet, slots, price, log)
     return missing

@@ -24,7 +24,7 @@ from hotset.policies.planner_jit import compiled
 if TYPE_CHECKING:
     from hotset.policies.planner_kernels import Floats, Ints
 
-GIVERS = 8
+GIVERS = 6
 TAKERS = 2
 """Experts that are tried in every combination in one step."""
 STEPS = 64
@@ -35,7 +35,7 @@ STEPS = 64
 def _strain(order: Ints, unit: Floats, count: Ints, enough: float) -> float:
     """How much the pairs of a fold go over 1, the fourth power of each; `order` is largest first.
 
-    Ends early when it exceeds `enough`. An expert in the middle would be paired with itself; it counts as if that were possible.
+    Ends early when it exceeds `enough`. An expert in the middle counts as paired with itself.
     """
     large, small = 0, order.shape[0] - 1
     large_left, small_left = count[order[large]], count[order[small]]
@@ -135,8 +135,9 @@ def fold_counts(load: Floats, count: Ints, most: int) -> None:
     for _ in range(STEPS):
         _candidates(order, unit, count, most, takers, givers)
         best, chosen, payer = strain, -1, -1
-        for taker in takers:
-            for giver in givers:
+        for first in takers:
+            for second in givers:
+                taker, giver = int(first), int(second)
                 if taker < 0 or giver < 0 or taker == giver:
                     continue
                 trial[:] = order

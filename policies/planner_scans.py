@@ -139,7 +139,7 @@ def scan_overwrites(
     for at in np.flatnonzero(layer.slot >= 0):
         old, device = int(layer.slot[at]), int(at // width)
         on_hot = device == hot
-        if layer.count[old] < 2 or (not on_hot and layer.hold[hot, old] > 0):
+        if layer.count[old] <= fleet.least or (not on_hot and layer.hold[hot, old] > 0):
             continue
         rest = table[2, old] if table[1, old] == device else table[0, old]
         if top - rest <= LEAST_DROP:

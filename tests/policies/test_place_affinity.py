@@ -43,6 +43,26 @@ def test_less_crosses_and_the_plan_stays_valid_and_balanced(seed: int) -> None:
         assert len(set(row)) == 6
 
 
+def test_a_plan_is_arranged_from_nothing_and_only_measured_from_a_current_one() -> None:
+    load, counts = routed(5, 4, 32)
+    size: dict[str, Any] = {"num_devices": 8, "num_slots": 48, "num_nodes": 4}
+    apart = plan(load, **size)
+    together = plan(load, co_routing=counts, **size)
+    together.check_integrity()
+    assert apart.crossing is None
+    assert together.crossing is not None
+    assert together.crossing.saved_tokens > 0
+    assert together.crossing.tokens == pytest.approx(crossing_tokens(together, counts))
+    assert together.crossing.ratio == pytest.approx(together.crossing.tokens / counts.sum())
+    assert together.balancedness >= apart.balancedness - 0.005
+    later = plan(load, current=apart, co_routing=counts, **size)
+    assert (later.physical_to_logical_map == apart.physical_to_logical_map).all()
+    assert later.crossing is not None
+    assert later.crossing.saved_tokens == 0
+    with pytest.raises(ValueError, match="co_routing"):
+        plan(load, co_routing=counts[:1], **size)
+
+
 def test_co_routing_of_another_shape_is_refused() -> None:
     load, counts = routed(0, 3, 16)
     first = plan(load, num_devices=4, num_slots=20)

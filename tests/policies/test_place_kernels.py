@@ -32,6 +32,7 @@ def layer_of(seed: int, *, devices: int, width: int, experts: int, spread: int) 
         width=width,
         twice=-(-width // experts),
         spread=min(spread, nodes),
+        least=1,
     )
     load = rng.lognormal(0, 1, experts)
     slot = np.full(devices * width, -1, dtype=np.int64)
@@ -93,8 +94,8 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the planner that finds no numba."""
     monkeypatch.setitem(sys.modules, "numba", None)
     order = (
-        "planner_jit", "planner_flow", "planner_kernels", "planner_layers", "shares",
-        "planner_keep", "planner_mix", "place",
+        "planner_jit", "planner_flow", "planner_kernels", "planner_pairs", "planner_layers",
+        "shares", "planner_keep", "planner_free", "planner_mix", "place",
     )  # fmt: skip
     for name in order:
         full = f"hotset.policies.{name}"
