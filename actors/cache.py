@@ -429,9 +429,7 @@ class HotCache:
         found = self._store.sharing(self._slot(block, form))
         kept = self._kept()
         stuck = any(
-            self._store.slab.pins(slot)
-            or one in self._flights
-            or (one.layer, one.index) in kept
+            self._store.slab.pins(slot) or one in self._flights or (one.layer, one.index) in kept
             for one, _, slot in found
         )
         return [] if stuck else [(one, fmt) for one, fmt, _ in found]
