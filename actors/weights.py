@@ -58,8 +58,8 @@ class WeightViews:
         if coder.direct and rows <= _DIRECT_ROWS:
             return coder.views(self._payload(held), layout)
         self.decoded(held)
-        views: ExpertWeights = self._local.views
-        return views
+        decoded: ExpertWeights = self._local.views
+        return decoded
 
     def decoded(self, held: Held) -> torch.Tensor:
         """Full-precision bytes of a held copy, in this thread's scratch."""
