@@ -45,6 +45,8 @@ _NOT_HELD = 1e-3
 _FADED = 0.05
 """Share of its layer's mean load below which a kept copy is let go."""
 _PERMILLE = 1000
+_PREFIX = 4
+"""Each smaller plan that is judged has so many times fewer copies: shares are what takes time."""
 
 
 class Grid:
@@ -151,7 +153,7 @@ def propose(survey: Survey, grid: Grid) -> Proposal | None:
     most = len(adds)
     while most:
         prefixes.append(adds[:most])
-        most //= 2
+        most //= _PREFIX
     options = tuple(_option(survey, grid, some, held, origin) for some in prefixes)
     return Proposal(now, options, released)
 
