@@ -36,9 +36,12 @@ body { font: 15px/1.45 system-ui, sans-serif; color: var(--fg); background: var(
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; margin: .5rem 0; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, td.text { text-align: left; }
-.scroll { overflow-x: auto; } .dim { color: var(--dim); }
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { vertical-align: bottom; } td { vertical-align: top; }
+th:first-child, td:first-child, .text { text-align: left; }
+td.text { white-space: normal; min-width: 16rem; }
+.scroll { overflow-x: auto; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 3rem; } .dim { color: var(--dim); }
 .warn { border-left: 4px solid #D55E00; padding: .3rem .8rem; margin: .5rem 0; }
 .key { display: inline-block; width: .8em; height: .8em; margin-right: .35em; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--fg); font-size: 12px; }
@@ -93,7 +96,11 @@ def render_html(analysis: Analysis, *, view: View) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 0) -> str:
     """A table; the last `texts` columns are running text."""
-    heads = "".join(f'<th scope="col">{escape(one)}</th>' for one in head)
+    running = len(head) - texts
+    heads = "".join(
+        f'<th scope="col"{" class=text" if at >= running else ""}>{escape(one)}</th>'
+        for at, one in enumerate(head)
+    )
     lines = []
     for row in rows:
         first = len(row) - texts
@@ -189,8 +196,10 @@ def _timeline(analysis: Analysis, view: View) -> str:
         f"{human_ns(analysis.window_ns // _BINS)} part of the run"
     )
     return (
-        f'<svg viewBox="0 0 1000 104" role="img" aria-label="{label}">{bars}'
-        '<line x1="0" y1="100" x2="1000" y2="100" stroke="currentColor"/></svg>'
+        f'<svg viewBox="0 0 1000 120" role="img" aria-label="{label}">{bars}'
+        '<line x1="0" y1="100" x2="1000" y2="100" stroke="currentColor"/>'
+        '<text x="0" y="115">0</text><text x="1000" y="115" text-anchor="end">'
+        f"{human_ns(analysis.window_ns)}</text></svg>"
         f"<p class=dim>{label}</p>"
     )
 
@@ -221,9 +230,9 @@ def _path(analysis: Analysis) -> str:
     blocks = [(name, human_ns(ns)) for name, ns in path.blocks.items()]
     return (
         f"<p>{escape(path.device)}: {human_ns(path.length_ns)} over {path.steps:,} steps and "
-        f"{path.waits:,} waits.</p>{_table(('kind', 'time', 'share'), kinds)}"
+        f"{path.waits:,} waits.</p><div class=beside>{_table(('kind', 'time', 'share'), kinds)}"
         f"{_table(('source', 'time on the path'), sources)}"
-        f"{_table(('block', 'time on the path'), blocks)}"
+        f"{_table(('block', 'time on the path'), blocks)}</div>"
     )
 
 
