@@ -68,6 +68,7 @@ from hotset.policies.types import (
     StartTransfer,
     State,
 )
+from hotset.transport.bulk import KERNELS
 from hotset.transport.slots import part_bytes, slot_parts, slot_stride
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class GPUWorker:
         """Load the dense part, join, and return when the first directory is here."""
         self._spec = msgspec.msgpack.decode(spec, type=WorkerSpec)
         _enter_memory_cgroup(self._spec.store.model)
+        KERNELS.want()
         torch.set_num_threads(self._spec.threads)
         torch.set_grad_enabled(mode=False)
         self._parts = Assembly(self._spec.store)

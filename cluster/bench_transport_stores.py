@@ -21,6 +21,7 @@ import numpy as np
 from hotset.cluster.bench_transport_case import MIB
 from hotset.errors import DependencyError, TransportError
 from hotset.transport.base import Expect, ReadItem, Span, Status
+from hotset.transport.bulk import KERNELS
 from hotset.transport.engine import Engine
 from hotset.transport.header import HEADER_BYTES, checksum
 from hotset.transport.nixl_agent import NIXL_MODULES
@@ -151,6 +152,7 @@ class Reader:
 
     def __init__(self, *, backend: str, case: Case, offer: Offer, raw: bool) -> None:
         """Connect; `raw` adds a bare NIXL agent over the same memory."""
+        KERNELS.load()
         self._slab = make_slab("reader", case, slots=case.slots)
         self._engine = Engine(
             slab=self._slab,

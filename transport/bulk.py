@@ -1,10 +1,11 @@
 """Copies and hashes many parts of a slab in one call that holds no GIL.
 
 Two threads that copy and hash by turns through Python's own calls take the GIL back after each, and
-wait for one another. Here a whole post is one call of
-compiled code (`bulk_jit.py`), which hashes each part while it is in a core's cache. It is loaded in
-the background when the first large part comes; until then, and where it cannot be had, Python's
-calls do the same. It must not know peers, queues or what the bytes mean.
+wait for one another. Here a whole post is one call of compiled code (`bulk_jit.py`), which hashes
+each part while it is in a core's cache. Whoever starts a process that reads large blocks asks for
+it (`KERNELS.want`): loading takes half a second, and would hold up the read that it is for. Until
+then, and where it cannot be had, Python's calls do the same. It must not know peers, queues or what
+the bytes mean.
 
 Invariant: both ways give the same bytes and digests; a part lies in the slab, which the caller has
 seen to.
@@ -99,8 +100,6 @@ class Bulk:
         compiled = KERNELS.copy_and_hash
         if sum(part[2] for part in parts) < WORTH_BYTES or self._slab.device != "cpu":
             compiled = None
-        elif compiled is None:
-            KERNELS.want()
         if compiled is None:
             return self._run_plain(parts, far)
         rows = np.array(parts, dtype=np.int64)

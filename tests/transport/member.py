@@ -27,6 +27,7 @@ import numpy as np
 
 from hotset.errors import HotsetError, QuarantineFull
 from hotset.transport.base import Expect, ReadItem, Status
+from hotset.transport.bulk import KERNELS
 from hotset.transport.engine import Engine
 from hotset.transport.header import checksum
 from hotset.transport.records import Ring
@@ -229,6 +230,7 @@ class Member:
 
     def __init__(self, station: Station) -> None:
         os.environ.update(station.environment)
+        KERNELS.want()
         self.station = station
         self.folder = Path(station.folder)
         counts = mapped(

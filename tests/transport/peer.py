@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hotset.transport.base import Expect, PeerInfo, ReadItem, Replica
+from hotset.transport.bulk import KERNELS
 from hotset.transport.engine import Engine
 from hotset.transport.header import checksum
 from hotset.transport.nixl import NixlBackend
@@ -134,6 +135,7 @@ def build(
 
 def _serve(pipe: Connection, config: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    KERNELS.want()
     store = build(backend=BACKENDS[config.pop("backend", "nixl")](), **config)
     pipe.send((store.engine.info(), store.copies))
     while True:
