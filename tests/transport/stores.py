@@ -22,6 +22,7 @@ import numpy as np
 
 from hotset.errors import HotsetError, TransferTimeout
 from hotset.transport.base import FileItem, PeerInfo
+from hotset.transport.bulk import KERNELS
 from hotset.transport.engine import Engine
 from hotset.transport.header import checksum
 from hotset.transport.records import Ring
@@ -116,6 +117,7 @@ class Hands:
 
     def __init__(self, shape: Shape) -> None:
         os.environ.update(QUIET | KINDS[shape.kind][1] | shape.environment)
+        KERNELS.want()
         if shape.netns:
             enter(shape.netns)  # before any thread or socket
         backend = backend_for(shape)
