@@ -32,7 +32,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --fg: #eaeaea; --bg: #16181c; --line: #444; --dim: #aaa; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--fg); background: var(--bg);
-  max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; margin: .5rem 0; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
