@@ -95,8 +95,8 @@ class Outlook:
                     for link in event.links:
                         if link.busy_ns >= _LEAST_BUSY_NS and link.nbytes > 0:
                             rate = max(1, link.nbytes * 1_000_000_000 // link.busy_ns)
-                            before = said.rates.get(link.source, ())
-                            said.rates[link.source] = (*before[1 - _RATES :], rate)
+                            known = said.rates.get(link.source, ())
+                            said.rates[link.source] = (*known[1 - _RATES :], rate)
 
     def routed(self, uses: int, *, tokens: int) -> None:
         """Blocks used by so many tokens, all layers together: how many a token uses."""
