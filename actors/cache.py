@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hotset.actors.fetcher import Fetcher
     from hotset.actors.store import Store
     from hotset.actors.uses import Uses
+    from hotset.policies.plan import UseChances
     from hotset.policies.residency import LayerPlan, ResidencyPolicy
     from hotset.transport.inbox import Inbox
     from hotset.transport.slab import Slot
@@ -208,6 +209,11 @@ class HotCache:
     def steer(self, least_chance: float, *, missed_ns: int | None = None) -> None:
         """Tell the policy the least chance of use at which a prefetch pays, and a miss's price."""
         self._policy.steer(least_chance, missed_ns=missed_ns)
+
+    def use_chances(self, layer: int, expert: int) -> UseChances:
+        """How likely a block that is not here is used again, and what would make room for it."""
+        with self._lock:
+            return self._policy.use_chances(layer, expert)
 
     def abandon(self, inbox: Inbox[Delivery], held: Sequence[Held]) -> None:
         """A layer failed: take back its holds, those delivered and those still to come."""

@@ -343,10 +343,13 @@ class TokenPath:
         sources = self._directory.sources(
             BlockId(layer, expert), fmt=form, nbytes=size, look_again=False
         )
+        chances = self._cache.use_chances(layer, expert)
         choice = move_tokens_or_weights(
             rows,
             dispatch_ns=self._directory.dispatch(best).estimate_ns(nbytes),
             fetch_ns=sources[0].cost_ns,
+            reuse_probability=chances.reuse,
+            victim_probability=chances.victim,
         )
         return best if choice.move is Move.TOKENS else None
 

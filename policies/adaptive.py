@@ -31,7 +31,7 @@ from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape, DeviceTable, Resident
 from hotset.policies.foresight import Path, StagedPredictor
 from hotset.policies.loadbudget import LoadBudget
-from hotset.policies.plan import LayerPlan, sort_needs
+from hotset.policies.plan import LayerPlan, UseChances, sort_needs
 from hotset.policies.types import Format, Reason
 
 if TYPE_CHECKING:
@@ -363,3 +363,11 @@ class DeviceResidency(DeviceTable):
     def expected_use(self) -> NDArray[np.float64]:
         """Return the aged share of passes that used each block, [L, E] in 0..1."""
         return self._recent_use.astype(np.float64).reshape(self._rows, self.num_experts)
+
+    def use_chances(self, layer: int, expert: int) -> UseChances:
+        """See `ResidencyPolicy`: aged shares of passes, of the block and of the next victim."""
+        recent, victim = self._recent_use, 0.0
+        if self.used_bytes + self.full_nbytes > self.capacity_bytes:
+            flat = int(self._rank.argmin())
+            victim = recent.item(flat) if self._rank.item(flat) < _NOTHING else 1.0
+        return UseChances(recent.item(self._base[layer] + expert), victim)

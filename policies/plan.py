@@ -33,6 +33,13 @@ class LayerPlan(NamedTuple):
     prefetch: list[tuple[int, int]]  # (layer, expert) to start now, likeliest first
 
 
+class UseChances(NamedTuple):
+    """Chances of use in a pass: of a block that is not here, and of what would make room for it."""
+
+    reuse: float
+    victim: float
+
+
 class ResidencyPolicy(Protocol):
     """What the worker asks of a residency policy."""
 
@@ -138,6 +145,10 @@ class ResidencyPolicy(Protocol):
 
     def expected_use(self) -> NDArray[np.float64]:
         """Return the expected uses in the next pass over the model, [L, E]."""
+        ...
+
+    def use_chances(self, layer: int, expert: int) -> UseChances:
+        """Say what fetching this block would gain and displace; zeros: the policy does not know."""
         ...
 
     def validate(self) -> None:

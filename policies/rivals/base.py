@@ -13,7 +13,7 @@ import numpy as np
 
 from hotset.policies.device import DeviceShape, DeviceTable, Resident
 from hotset.policies.foresight import Path, StagedPredictor
-from hotset.policies.plan import LayerPlan, sort_needs
+from hotset.policies.plan import LayerPlan, UseChances, sort_needs
 from hotset.policies.types import Format, Reason
 
 if TYPE_CHECKING:
@@ -127,6 +127,10 @@ class Rival(DeviceTable):
         missed_ns: int | None = None,
     ) -> None:
         """The paper knows no feedback from the link."""
+
+    def use_chances(self, layer: int, expert: int) -> UseChances:  # noqa: ARG002 - protocol
+        """The papers do not weigh a fetch against what it displaces."""
+        return UseChances(0.0, 0.0)
 
     def forget(self, request: int) -> None:
         """Nothing is kept by request."""

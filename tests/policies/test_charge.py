@@ -129,3 +129,15 @@ def test_accounts_travel_as_gauges() -> None:
     assert said.startswith("prefetching OFF")
     assert "1 ahead OFF costs 2 us a pass, saves 0 us" in said
     assert said_of({"requests": 1.0}) == ""
+
+
+def test_what_a_fetch_gains_and_displaces_are_aged_shares_of_passes() -> None:
+    policy = device()
+    assert policy.use_chances(0, 0) == (0.0, 0.0), "room is free, nothing is known"
+    walk(policy, tokens=100)
+    expected = policy.expected_use()
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            chances = policy.use_chances(layer, expert)
+            assert abs(chances.reuse - expected[layer, expert]) < 1e-6
+            assert 0.0 <= chances.victim <= float(expected.max())
