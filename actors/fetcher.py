@@ -11,6 +11,7 @@ Knows catalog, directory and engine; must not know policy, compute or Ray.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -98,6 +99,7 @@ class Fetcher:
         self._checksums: dict[BlockId, int] = {}
         self.bytes_by_link: dict[str, int] = {}
         self.uses: dict[str, LinkSums] = {}
+        self._uses_lock = threading.Lock()
         self._posted_ns: dict[int, int] = {}  # of transfers in flight, by id
 
     def start(self, wants: Sequence[Want]) -> None:
@@ -177,13 +179,13 @@ class Fetcher:
                 self._next_source(want, transfer_id=transfer_id, error=error)
 
     def _note_use(self, store: str, outcome: Outcome, *, demand: bool) -> None:
-        # Called on the engine's owner thread only; readers get a whole tuple, old or new.
-        old = self.uses.get(store, LinkSums(0, 0, 0))
-        self.uses[store] = LinkSums(
-            busy_ns=old.busy_ns + outcome.wire_ns,
-            demand_ns=old.demand_ns + (outcome.wire_ns if demand else 0),
-            nbytes=old.nbytes + outcome.nbytes,
-        )
+        with self._uses_lock:  # the owner's thread, or whoever asked for a read that has ended
+            old = self.uses.get(store, LinkSums(0, 0, 0))
+            self.uses[store] = LinkSums(
+                busy_ns=old.busy_ns + outcome.wire_ns,
+                demand_ns=old.demand_ns + (outcome.wire_ns if demand else 0),
+                nbytes=old.nbytes + outcome.nbytes,
+            )
 
     def _learn(self, want: Want, item: ItemResult) -> None:
         """Forget the sources that failed; `want.sources` begins with the last that was tried."""
