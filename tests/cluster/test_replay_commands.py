@@ -67,7 +67,10 @@ def test_all_policies_in_one_table(trace: Path) -> None:
     assert code == 0
     lines = out.splitlines()
     assert "3 layers x 16 experts, top 2; 25 % resident, batch 2" in lines[0]
-    assert [line.split()[0] for line in lines[4:]] == list(POLICIES)
+    table, accounts = lines[4 : 4 + len(POLICIES)], lines[4 + len(POLICIES) :]
+    assert [line.split()[0] for line in table] == list(POLICIES)
+    assert accounts
+    assert all(line.startswith("predictors of ") for line in accounts)
     code, out, _ = run("replay", "--router", str(trace), "--all", "--tokens", "20", "--json")
     assert set(json.loads(out)) == set(POLICIES)
 
