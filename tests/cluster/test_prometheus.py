@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 MAY_BE_SILENT = {
     names.STALL_SECONDS, names.DISPATCHED_BYTES, names.TELEMETRY_DROPPED, names.VETOES,
     names.DECISIONS, names.IMBALANCE, names.OLDEST_TRANSFER, names.ALERT, names.SPANS_EXPORTED,
-    names.EXPORT_DROPPED, names.DRIFT,
+    names.EXPORT_DROPPED, names.DRIFT, names.PLAN_MOVES,
 }  # fmt: skip
 
 
