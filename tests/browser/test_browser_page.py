@@ -221,10 +221,8 @@ class Large:
         return False
 
 
-# Each frame draws: everything anew, or what playing has changed and the cursor, which moves on.
-MEASURE = """([seconds, whole]) => new Promise((done) => {
+MEASURE = """(seconds) => new Promise((done) => {
   const { grid, link } = hotset;
-  grid.canvas.focus();
   const [frames, moments, start] = [grid.frames, link.moments, performance.now()];
   let ticks = 0;
   let longest = 0;
@@ -233,8 +231,7 @@ MEASURE = """([seconds, whole]) => new Promise((done) => {
     ticks += 1;
     longest = Math.max(longest, now - before);
     before = now;
-    if (whole) grid.repaint();
-    else grid.move(ticks % 100, ticks % 61, ticks % 256);
+    grid.invalidate();
     const passed = (performance.now() - start) / 1000;
     if (passed < seconds) { requestAnimationFrame(tick); return; }
     done({ ticks: ticks / passed, drawn: (grid.frames - frames) / passed,
@@ -242,17 +239,6 @@ MEASURE = """([seconds, whole]) => new Promise((done) => {
   };
   requestAnimationFrame(tick);
 })"""
-
-
-SAME_PICTURE = """() => {
-  const { grid } = hotset;
-  const pixels = () => grid.context.getImageData(0, 0, grid.canvas.width, grid.canvas.height).data;
-  for (let at = 0; at < 40; at += 1) { grid.move(at * 7, at, at * 5); grid.draw(); }
-  const bit = pixels().slice();
-  grid.stale = null;
-  grid.draw();
-  return pixels().every((value, at) => value === bit[at]);
-}"""
 
 
 @pytest.mark.slow
@@ -263,17 +249,15 @@ def test_a_hundred_devices_stay_above_twenty_frames(visit: Callable[..., Visit])
         page.wait_for_function("() => Boolean(" + "!hotset.grid.dirty" + ")")
         page.select_option("#speed", "1")
         page.click("#play")
+        best: dict[str, Any] = {"drawn": 0}
+        for _ in range(3):  # a machine that others use: the least disturbed of three
+            found = page.evaluate(MEASURE, 4)
+            print(found)
+            best = max(best, found, key=lambda one: one["drawn"])
         assert page.evaluate("hotset.state.model.cells.length") == 100 * 61 * 256
-        for whole in (False, True):
-            best: dict[str, Any] = {"drawn": 0}
-            for _ in range(3):  # a machine that others use: the least disturbed of three
-                found = page.evaluate(MEASURE, [4, whole])
-                print("everything anew" if whole else "what has changed", found)
-                best = max(best, found, key=lambda one: one["drawn"])
-            assert best["drawn"] > 20
-            assert best["ticks"] > 20
-            assert best["moments"] > 1
-        assert page.evaluate(SAME_PICTURE), "what was drawn bit by bit is what there is"
+        assert best["drawn"] > 20
+        assert best["ticks"] > 20
+        assert best["moments"] > 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

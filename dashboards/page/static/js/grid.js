@@ -1,8 +1,7 @@
 // The residency picture: layers x experts of one store, of the nearest copies, or of all stores.
-// Draws only when something has changed, and with all stores only the tiles that have.
+// Draws only when something has changed; one pixel a cell is painted and then scaled up.
 
 import { KINDS } from "./model.js";
-import { Tiles } from "./tiles.js";
 
 const GAP = 8;
 const LABEL = 14;
@@ -12,11 +11,8 @@ export class Grid {
     this.canvas = canvas;
     this.box = box;
     this.context = canvas.getContext("2d", { alpha: false });
-    this.tiles = new Tiles();
+    this.pixels = document.createElement("canvas");
     this.model = null;
-    this.stale = null; // stores whose tile is to be drawn anew; null: all of them
-    this.drawn = ""; // the layout that is on the page
-    this.ringed = null; // the store whose tile has the cursor on it
     this.view = "best";
     this.cursor = { store: 0, row: 0, expert: 0 };
     this.frames = 0;
@@ -40,29 +36,18 @@ export class Grid {
     this.ink = style.getPropertyValue("--ink").trim();
     this.focus = style.getPropertyValue("--focus").trim();
     const bytes = this.colours.map((text) => rgb(text));
-    this.tiles.setColours(bytes);
+    this.words = new Uint32Array(
+      bytes.map(([r, g, b]) => ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0),
+    );
+    this.byCell = {};
     this.letters = bytes.map((colour) => (luminance(colour) > 0.179 ? "#000" : "#fff"));
-    this.repaint();
+    this.invalidate();
   }
 
   setModel(model) {
     this.model = model;
+    this.byCell = {};
     this.cursor = { store: 0, row: 0, expert: 0 };
-    this.repaint();
-  }
-
-  // Cells at these places have changed; null: all have.
-  changed(places) {
-    if (places === null) this.stale = null;
-    if (this.stale !== null) {
-      for (const place of places) this.stale.add(Math.floor(place / this.model.blocks));
-    }
-    this.invalidate();
-  }
-
-  // Draw everything anew.
-  repaint() {
-    this.stale = null;
     this.invalidate();
   }
 
@@ -93,10 +78,10 @@ export class Grid {
       const cellWidth = Math.max(1, Math.floor(width / model.experts));
       const cellHeight = Math.max(1, Math.floor(height / rows));
       return { ratio, width, height, columns: 1, cellWidth, cellHeight, tileWidth: width,
-        tileHeight: height, label: 0, gap: 0 };
+        tileHeight: height, label: 0 };
     }
-    const gap = 2 * Math.round(GAP * ratio / 2);
-    const label = Math.round(LABEL * ratio);
+    const gap = GAP * ratio;
+    const label = LABEL * ratio;
     // As large as fits into the box; else one column after another of whole pixels, to scroll.
     let [columns, cell] = [1, 0];
     for (let tried = 1; tried <= tiles; tried += 1) {
@@ -111,8 +96,7 @@ export class Grid {
     const tileWidth = cellWidth * model.experts + gap;
     const tileHeight = cellHeight * rows + label + gap;
     const height = Math.ceil(tiles / columns) * tileHeight;
-    return { ratio, width, height, columns, cellWidth, cellHeight, tileWidth, tileHeight, label,
-      gap };
+    return { ratio, width, height, columns, cellWidth, cellHeight, tileWidth, tileHeight, label };
   }
 
   draw() {
@@ -121,47 +105,71 @@ export class Grid {
     const shown = this.shown();
     const layout = this.layout();
     this.placed = layout;
-    const key = [this.view, shown.length, ...Object.values(layout)].join();
-    const many = this.view === "all";
-    const whole = this.stale === null || key !== this.drawn || !many;
-    if (whole) {
-      if (this.canvas.width !== layout.width || this.canvas.height !== layout.height) {
-        this.canvas.width = layout.width;
-        this.canvas.height = layout.height;
-        this.canvas.style.height = `${layout.height / layout.ratio}px`;
-      }
-      context.fillStyle = this.paper;
-      context.fillRect(0, 0, layout.width, layout.height);
+    if (this.canvas.width !== layout.width || this.canvas.height !== layout.height) {
+      this.canvas.width = layout.width;
+      this.canvas.height = layout.height;
+      this.canvas.style.height = `${layout.height / layout.ratio}px`;
     }
+    context.fillStyle = this.paper;
+    context.fillRect(0, 0, layout.width, layout.height);
     context.imageSmoothingEnabled = false;
-    this.tiles.setSize(model, shown.length);
-    if (!whole && this.ringed !== null) this.stale.add(this.ringed);
-    const due = whole ? shown.map((_, tile) => tile) : this.stale;
-    for (const tile of due) this.#tile(layout, shown[tile], tile, !whole);
-    if (!many && Math.min(layout.cellWidth, layout.cellHeight) >= 6 * layout.ratio) {
+    this.#paint(shown);
+    const rows = model.layers.length;
+    shown.forEach((store, tile) => {
+      const [x, y] = this.#corner(tile, layout);
+      context.drawImage(this.pixels, 0, tile * rows, model.experts, rows,
+        x, y, layout.cellWidth * model.experts, layout.cellHeight * rows);
+      if (layout.label) {
+        context.fillStyle = this.ink;
+        context.font = `${11 * layout.ratio}px system-ui, "DejaVu Sans", sans-serif`;
+        context.fillText(model.stores[store].name, x, y - 3 * layout.ratio);
+      }
+    });
+    if (shown.length === 1 && Math.min(layout.cellWidth, layout.cellHeight) >= 6 * layout.ratio) {
       this.#detail(layout, shown[0]);
     }
     this.#drawCursor(layout);
-    this.stale = new Set();
-    this.drawn = key;
     this.frames += 1;
   }
 
-  // One store with its name; `over` what stands there.
-  #tile(layout, store, tile, over) {
-    const { model, context } = this;
-    const [x, y] = this.#corner(tile, layout);
-    if (over) { // half of the gap on each side is this tile's, so that the cursor's ring goes, too
-      context.fillStyle = this.paper;
-      context.fillRect(x - layout.gap / 2, y - layout.label, layout.tileWidth, layout.tileHeight);
+  // One pixel a cell, tiles under each other.
+  #paint(shown) {
+    const { model } = this;
+    const height = model.layers.length * shown.length;
+    if (this.pixels.width !== model.experts || this.pixels.height !== height || !this.image) {
+      this.pixels.width = model.experts;
+      this.pixels.height = height;
+      this.image = new ImageData(model.experts, height);
+      this.painted = new Uint32Array(this.image.data.buffer);
+      this.kinds = new Uint8Array(model.blocks);
     }
-    this.tiles.paint(model, store, tile);
-    this.tiles.put(context, model, tile, { ...layout, x, y });
-    if (layout.label) {
-      context.fillStyle = this.ink;
-      context.font = `${11 * layout.ratio}px system-ui, "DejaVu Sans", sans-serif`;
-      context.fillText(model.stores[store].name, x, y - 3 * layout.ratio);
+    const { painted } = this;
+    shown.forEach((store, tile) => {
+      const from = tile * model.blocks;
+      if (store === "best") {
+        model.kindsOf(store, this.kinds);
+        for (let i = 0; i < model.blocks; i += 1) painted[i] = this.words[this.kinds[i]];
+        return;
+      }
+      // Straight from cell to colour: with many stores this loop is most of a frame.
+      const colours = this.#coloursOf(model.stores[store].tier);
+      const { cells } = model;
+      const first = store * model.blocks;
+      for (let i = 0; i < model.blocks; i += 1) painted[from + i] = colours[cells[first + i]];
+    });
+    this.pixels.getContext("2d").putImageData(this.image, 0, 0);
+  }
+
+  // Colour of each possible cell in a tier.
+  #coloursOf(tier) {
+    if (!this.byCell[tier]) {
+      const table = new Uint32Array(1 << 16);
+      this.model.kinds[tier].forEach((kind, bits) => {
+        table[bits] = this.words[kind];
+      });
+      this.byCell[tier] = table;
     }
+    return this.byCell[tier];
   }
 
   // Lines between cells, and letters where they fit, so that colour is never alone.
@@ -208,10 +216,8 @@ export class Grid {
   }
 
   #drawCursor(layout) {
-    this.ringed = null;
     if (document.activeElement !== this.canvas) return;
     const { store, row, expert } = this.cursor;
-    this.ringed = this.view === "all" ? store : 0;
     const [x, y, width, height] = this.rectangle(store, row, expert);
     const line = 2 * layout.ratio;
     const { context } = this;

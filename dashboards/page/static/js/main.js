@@ -35,11 +35,11 @@ const link = new Link({
     if (!state.follow) ask();
   },
   moment(header, buffer, start) {
-    const places = state.model.take(header, buffer, start);
+    state.model.take(header, buffer, start);
     state.spanNs = header.span_ns;
     if (state.follow || state.offset === null) state.offset = header.offset_ns;
     views();
-    grid.changed(places);
+    grid.invalidate();
     lists();
   },
   series(message) {

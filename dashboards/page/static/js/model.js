@@ -46,23 +46,17 @@ export class Model {
     return table;
   }
 
-  // Take in a moment: its header and the bytes behind it. Returns the places of the cells that
-  // changed, null when all may have.
+  // Take in a moment: its header and the bytes behind it.
   take(header, buffer, start) {
-    let places = null;
     if (header.cells === "full") {
       this.cells = new Uint16Array(buffer, start, header.count).slice();
     } else {
-      places = new Uint32Array(buffer, start, header.count);
+      const places = new Uint32Array(buffer, start, header.count);
       const values = new Uint16Array(buffer, start + 4 * header.count, header.count);
       for (let i = 0; i < places.length; i += 1) this.cells[places[i]] = values[i];
     }
-    const same = header.stores.length === this.stores.length
-      && header.stores.every((one, at) => one.tier === this.stores[at].tier
-        && one.name === this.stores[at].name);
     this.moment = header;
     this.stores = header.stores;
-    return same ? places : null;
   }
 
   // Kinds of one store's cells, or ("best") of the copy that is nearest to compute; into `out`.
