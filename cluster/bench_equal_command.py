@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hotset.cluster.console import say, silent
+from hotset.cluster.options import json_option, model_option
 from hotset.dashboards import text as plain
 from hotset.policies.guard import BUDGET_NATS
 
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("equal")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of a Mixture-of-Experts model",
-)
+@model_option()
 @click.option(
     "--sensitivity",
     type=click.Path(path_type=Path),
@@ -67,7 +63,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="rounds of both runs in turns; the median is printed",
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def bench_equal_command(*, model: Path, as_json: bool, **options: Any) -> None:
     """Tokens/s and stall at equal bytes: formats within a budget against bf16 only."""
     from hotset.cluster.bench_equal import run_bench
@@ -141,12 +137,7 @@ def _rates(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[flo
 
 
 @click.command("wire")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of a Mixture-of-Experts model",
-)
+@model_option()
 @click.option(
     "--rates",
     callback=_rates,
@@ -169,7 +160,7 @@ def _rates(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[flo
     show_default=True,
     help="rounds of all rates and formats in turns; the median is printed",
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def bench_wire_command(*, model: Path, as_json: bool, **options: Any) -> None:
     """Time per block over a paced link: bf16 against packed and reduced formats."""
     from dataclasses import asdict

@@ -26,6 +26,7 @@ import numpy as np
 
 from hotset.cluster.bench_trace_sink import sink
 from hotset.cluster.console import say, silent
+from hotset.cluster.options import json_option
 from hotset.dashboards.text import table
 
 if TYPE_CHECKING:
@@ -397,7 +398,7 @@ def render(cost: Cost) -> str:
     "--seconds", type=click.FloatRange(min=1), default=5, show_default=True,
     help="how long each telemetry actor gets 10,000 spans a second",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def bench_trace_command(*, rounds: int, tokens: int, seconds: float, as_json: bool) -> None:
     """Cost of tracing: a row, tokens a second with and without it, the telemetry actor."""
     tell = silent if as_json else say

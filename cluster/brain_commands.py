@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hotset.cluster.console import say, silent
+from hotset.cluster.options import json_option
 
 
 @click.command("record")
@@ -51,7 +52,7 @@ from hotset.cluster.console import say, silent
     envvar="RAY_ADDRESS",
     help="Ray cluster to use; without it a local one is started",
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def record_command(  # noqa: PLR0913 - one option each
     *,
     model: Path | None,
@@ -95,7 +96,7 @@ def record_command(  # noqa: PLR0913 - one option each
 @click.argument("path", type=click.Path(path_type=Path), metavar="CONFIG.yaml")
 @click.option("--policy", default="hotset", show_default=True, help="residency policy of workers")
 @click.option("--seed", type=int, default=1, show_default=True, help="of the made routing")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def simulate_command(*, path: Path, policy: str, seed: int, as_json: bool) -> None:
     """Run the brain on a modelled cluster in discrete events."""
     from hotset.cluster.simulate import numbers, read_config, render, run_simulation
@@ -123,7 +124,7 @@ def simulate_command(*, path: Path, policy: str, seed: int, as_json: bool) -> No
     show_default=True,
     help="ticks at each size; the median is printed",
 )
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
+@json_option("a JSON list of rows")
 def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
     """Time of the brain's tick over many blocks, next to its bounds."""
     from dataclasses import asdict
@@ -169,7 +170,7 @@ def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
     show_default=True,
     help="live runs of each policy, in turns; medians are printed",
 )
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of runs, nothing else")
+@json_option("a JSON list of runs")
 def bench_simulate_command(
     *, policies: str, tokens: int, rounds: int, runs: int, as_json: bool
 ) -> None:

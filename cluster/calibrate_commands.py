@@ -12,18 +12,14 @@ from typing import Any
 import click
 
 from hotset.cluster.console import say, silent
+from hotset.cluster.options import json_option, model_option
 from hotset.policies.guard import BUDGET_NATS, LOSSY
 
 FORMATS = ",".join(LOSSY)
 
 
 @click.command("calibrate")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of a Mixture-of-Experts model",
-)
+@model_option()
 @click.option(
     "--text",
     "text",
@@ -54,7 +50,7 @@ FORMATS = ",".join(LOSSY)
 @click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="compute threads"
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def calibrate_command(  # noqa: PLR0913 - one option each
     *,
     model: Path,
@@ -100,12 +96,7 @@ def calibrate_command(  # noqa: PLR0913 - one option each
 
 
 @click.command("mix")
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of a Mixture-of-Experts model",
-)
+@model_option()
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
@@ -149,7 +140,7 @@ def calibrate_command(  # noqa: PLR0913 - one option each
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="draw it (.svg or .png)"
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def bench_mix_command(
     *, model: Path, duration: str, plot: Path | None, as_json: bool, **options: Any
 ) -> None:

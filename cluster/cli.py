@@ -27,6 +27,7 @@ from hotset.cluster.dashboard import dashboard_command
 from hotset.cluster.formats_command import bench_formats_command
 from hotset.cluster.grafana import grafana_command
 from hotset.cluster.journal_command import journal_group
+from hotset.cluster.options import json_option, model_option
 from hotset.cluster.plan import bench_planner_command, plan_command
 from hotset.cluster.routing_commands import analyze_routing_command, replay
 from hotset.cluster.top import top_command
@@ -135,7 +136,7 @@ def cluster_options(command: Any) -> Any:
 
 _GENERATE_OPTIONS = (
     click.option("--max-new-tokens", type=click.IntRange(min=1), default=48, show_default=True),
-    click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else"),
+    json_option(),
     click.option("--check/--no-check", default=True, show_default=True,
                  help="compare with the unmodified transformers model"),
 )  # fmt: skip
@@ -149,12 +150,7 @@ def generate_options(command: Any) -> Any:
 
 
 @main.command()
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of a Mixture-of-Experts model",
-)
+@model_option()
 @click.option(
     "--prompt",
     "prompts",
@@ -362,7 +358,7 @@ def bench_serve(**options: Any) -> None:
     metavar="FILE",
     help="draw the figures (.svg or .png)",
 )
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
+@json_option("a JSON list of rows")
 def bench_transport(**options: Any) -> None:
     """Bytes a second: each backend next to memcpy, raw NIXL, a socket, preadv and Ray."""
     from hotset.cluster.bench_transport import run_bench
@@ -371,7 +367,7 @@ def bench_transport(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of findings, nothing else")
+@json_option("a JSON list of findings")
 def doctor(*, as_json: bool) -> None:
     """Say which parts work on this machine, and why the others do not."""
     import json

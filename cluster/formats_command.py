@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from hotset.cluster.options import json_option
+
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-moe"
 
 
@@ -31,7 +33,7 @@ DEMO_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo-moe"
     show_default=True,
     help="also measure the mix of formats that the guardrail allows, as `hotset bench mix`",
 )
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def bench_formats_command(
     *, model: Path | None, quick: bool, repeat: int | None, **options: Any
 ) -> None:

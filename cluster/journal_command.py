@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from hotset.cluster.options import json_option
 from hotset.errors import ConfigError
 
 
@@ -67,7 +68,7 @@ def journal_group() -> None:
 
 @journal_group.command("check")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="RUN")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def journal_check_command(*, folder: Path, as_json: bool) -> None:
     """Replay a run's journal; exit code 1 when the brain would command anything else today."""
     verdict = check_run(folder)

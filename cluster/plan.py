@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hotset.cluster.options import json_option
 from hotset.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def plan_command(  # noqa: PLR0913 - the options, by name
     envvar="HOTSET_DATA",
     help="folder with recorded loads and routing; without it those cases are left out",
 )
-@click.option("--json", "as_json", is_flag=True, help="print a JSON list of rows, nothing else")
+@json_option("a JSON list of rows")
 def bench_planner_command(**options: Any) -> None:  # fmt: skip
     """Balance, moves and time of plans, next to a greedy planner and to bounds."""
     from hotset.cluster.bench_planner import run_bench

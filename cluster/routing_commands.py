@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hotset.cluster.console import say, silent
+from hotset.cluster.options import json_option
 
 
 @click.command("replay")
@@ -60,7 +61,7 @@ from hotset.cluster.console import say, silent
     help="bytes of an expert on the link",
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="only the first tokens of the trace")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def replay(  # noqa: PLR0913 - one option each
     *,
     path: Path,
@@ -101,7 +102,7 @@ def replay(  # noqa: PLR0913 - one option each
 @click.command("analyze-routing")
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--tokens", type=click.IntRange(min=1), help="only the first tokens of the trace")
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object, nothing else")
+@json_option()
 def analyze_routing_command(*, path: Path, tokens: int | None, as_json: bool) -> None:
     """Tell from recorded routing whether offloading suits the model, and at which size."""
     from dataclasses import asdict
