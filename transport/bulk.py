@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
     from hotset.transport.slab import Slab
 
-WORTH_BYTES: Final = (
-    1 << 20
-)  # of one call: less is done before Python's calls get in each other's way
+WORTH_BYTES: Final = 1 << 20  # of one call: less is done before two threads get in each other's way
 NO_HASH: Final = -1
 
 _log = logging.getLogger(__name__)
@@ -88,19 +86,14 @@ class Bulk:
         """Keep the slab."""
         self._slab = slab
 
-    def copy_and_hash(self, parts: Sequence[Part], far: int) -> tuple[list[int], int]:
-        """Copy parts of memory mapped at address `far`, and hash them: digests, ns of hashing."""
-        return self._run(parts, far)
+    def copy_and_hash(self, parts: Sequence[Part], *, far: int = 0) -> tuple[list[int], int]:
+        """Copy parts of memory mapped at address `far`, and hash them: digests, ns of hashing.
 
-    def hash(self, parts: Sequence[Part]) -> tuple[list[int], int]:
-        """Hash what is here: digests, ns."""
-        return self._run(parts, 0)
-
-    def _run(self, parts: Sequence[Part], far: int) -> tuple[list[int], int]:
+        `far` 0: they are here, only hash them.
+        """
         compiled = KERNELS.copy_and_hash
-        if sum(part[2] for part in parts) < WORTH_BYTES or self._slab.device != "cpu":
-            compiled = None
-        if compiled is None:
+        large = sum(part.nbytes for part in parts) >= WORTH_BYTES
+        if compiled is None or not large or self._slab.device != "cpu":
             return self._run_plain(parts, far)
         rows = np.array(parts, dtype=np.int64)
         digests: np.ndarray[Any, np.dtype[np.uint64]] = np.zeros(len(parts), np.uint64)

@@ -17,7 +17,7 @@ from hotset.transport.base import PostState
 from hotset.transport.bulk import NO_HASH, Bulk, Part
 from hotset.transport.header import CHUNK_BYTES, HEADER_BYTES
 from hotset.transport.job import spans
-from hotset.transport.judge import judge_hashed
+from hotset.transport.judge import judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,8 +68,7 @@ class Fused:
         at = 0
         for track in tracks if digests else ():
             upto = at + max(1, -(-track.item.expect.nbytes // CHUNK_BYTES))
-            verdict = judge_hashed(self._slab, track, peer, digests[at:upto])
-            landing.verdicts.append(verdict)
+            landing.verdicts.append(judge(self._slab, track, peer, digests[at:upto]))
             at = upto
         return landing
 
@@ -99,7 +98,7 @@ class Fused:
         """Digests of the parts; none when the landing has a handle: the read has not ended well."""
         far = self._backend.window(peer, what, lane=self._lane)
         if far:
-            digests, landing.verify_ns = self._bulk.copy_and_hash(parts, far)
+            digests, landing.verify_ns = self._bulk.copy_and_hash(parts, far=far)
             return digests
         backend = self._backend
         handle = backend.post(peer, what, lane=self._lane)
@@ -107,7 +106,7 @@ class Fused:
             landing.handle = handle
             return []
         backend.release(handle)
-        digests, landing.verify_ns = self._bulk.hash(parts)
+        digests, landing.verify_ns = self._bulk.copy_and_hash(parts)
         return digests
 
 

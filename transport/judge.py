@@ -21,25 +21,21 @@ if TYPE_CHECKING:
     from hotset.transport.storage import StorageJob
 
 
-def judge(slab: Slab, track: Track, peer: str) -> Verdict:
-    """Verify a slot that landed whole from `peer`, header included."""
+def judge(slab: Slab, track: Track, peer: str, digests: Sequence[int] | None = None) -> Verdict:
+    """Verify a slot that landed whole from `peer`, header included.
+
+    `digests` are those of its chunks, where whoever copied it has hashed it too.
+    """
     dest, expect = track.item.dest, track.item.expect
     wanted = expect if track.source is None else track.expect(peer)
     seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), wanted)
     if seen.differs:
         return Verdict(Status.STALE, error=seen.differs)
-    found = checksum(slab.memory.read(dest.offset + HEADER_BYTES, expect.nbytes))
+    if digests is None:
+        found = checksum(slab.memory.read(dest.offset + HEADER_BYTES, expect.nbytes))
+    else:
+        found = combine(digests)
     return _compare(found, seen.checksum, epoch=seen.epoch)
-
-
-def judge_hashed(slab: Slab, track: Track, peer: str, digests: Sequence[int]) -> Verdict:
-    """Verify a slot that landed whole; `digests` are those of its chunks."""
-    dest, expect = track.item.dest, track.item.expect
-    wanted = expect if track.source is None else track.expect(peer)
-    seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), wanted)
-    if seen.differs:
-        return Verdict(Status.STALE, error=seen.differs)
-    return _compare(combine(digests), seen.checksum, epoch=seen.epoch)
 
 
 def judge_pieces(slab: Slab, track: Track, pieces: Pieces, peer: str) -> Verdict:

@@ -50,8 +50,8 @@ def test_every_part_is_copied_and_hashed(slabs: tuple[Slab, Slab], data: st.Data
         skip = data.draw(st.sampled_from([0, min(64, nbytes), NO_HASH]))
         parts.append(Part(at, data.draw(st.integers(0, ROOM - nbytes)), nbytes, skip))
         at += nbytes + data.draw(st.integers(0, 100))
-    digests, took_ns = Bulk(here).copy_and_hash(parts, there.base_address)
-    again, _ = Bulk(here).hash(parts)
+    digests, took_ns = Bulk(here).copy_and_hash(parts, far=there.base_address)
+    again, _ = Bulk(here).copy_and_hash(parts)
     assert took_ns >= 0
     for part, found, second in zip(parts, digests, again, strict=True):
         came = bytes(here.memory.read(part.local, part.nbytes))
@@ -65,7 +65,7 @@ def test_digests_of_chunks_make_the_checksum(slabs: tuple[Slab, Slab]) -> None:
     here, there = slabs
     chunk = 1 << 20
     parts = [Part(at, at, min(chunk, ROOM - 5 - at)) for at in range(0, ROOM - 5, chunk)]
-    digests, _ = Bulk(here).copy_and_hash(parts, there.base_address)
+    digests, _ = Bulk(here).copy_and_hash(parts, far=there.base_address)
     assert combine(digests) == checksum(there.memory.read(0, ROOM - 5))
 
 
@@ -77,5 +77,5 @@ def test_without_compiled_code_reads_go_on(
     monkeypatch.delattr("hotset.transport.bulk_jit", raising=False)
     assert not absent.load()
     here, there = slabs
-    [found], _ = Bulk(here).copy_and_hash([Part(0, 0, ROOM)], there.base_address)
+    [found], _ = Bulk(here).copy_and_hash([Part(0, 0, ROOM)], far=there.base_address)
     assert found == digest(there.memory.read(0, ROOM))
