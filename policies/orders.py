@@ -222,19 +222,7 @@ class Orders(Admission):
         if key not in self._windows:
             self._book(book, wish.flat, wish.format, wish.reason, source=sources[0])
         book.ask(wish, nbytes=nbytes, now_ns=self._now_ns)
-        self._note(block, f"asked {name} to fetch {wish.format.value}", wish.reason, store=name)
-        self._out.append(
-            StartTransfer(
-                epoch=self.epoch,
-                store=name,
-                block=block,
-                format=wish.format,
-                sources=sources,
-                cause=wish.cause,
-                reason=wish.reason,
-                due_ns=wish.due_ns,
-            )
-        )
+        self._start(book, wish, sources)
         return True
 
     def _ask_kept(self, book: StoreBook, wish: Wish) -> bool:
@@ -242,8 +230,7 @@ class Orders(Admission):
 
         False: the link cannot bring it in time.
         """
-        block, name = self.blocks[wish.flat].block, book.info.name
-        sources = self._sources(block, book, wish.format)
+        sources = self._sources(self.blocks[wish.flat].block, book, wish.format)
         late = self._book(
             book, wish.flat, wish.format, wish.reason, source=sources[0], due_ns=wish.due_ns
         )
@@ -252,6 +239,12 @@ class Orders(Admission):
             return False
         book.ask(wish, nbytes=0, now_ns=self._now_ns)
         book.coming[wish.flat] = True
+        self._start(book, wish, sources)
+        return True
+
+    def _start(self, book: StoreBook, wish: Wish, sources: tuple[str, ...]) -> None:
+        """Command what the book has been asked for."""
+        block, name = self.blocks[wish.flat].block, book.info.name
         self._note(block, f"asked {name} to fetch {wish.format.value}", wish.reason, store=name)
         self._out.append(
             StartTransfer(
@@ -265,7 +258,6 @@ class Orders(Admission):
                 due_ns=wish.due_ns,
             )
         )
-        return True
 
     def _turn_down(self, book: StoreBook, wish: Wish, refusal: Refusal) -> None:
         """Refuse a copy, and do not ask again at once."""
