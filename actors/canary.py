@@ -151,7 +151,7 @@ class FullExperts:
         return ended.get()  # a fetch ends exactly once, whatever happens
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Followed:
     """A request as it is served: its tokens, and logits [V] after some of them."""
 
@@ -299,7 +299,7 @@ class Canary:
                 return None
             if choice in running:
                 return choice.take()
-            self._ended = [each for each in self._ended if each is not choice]
+            self._ended.remove(choice)
             return choice
 
     def _check(self, one: _Followed) -> None:
