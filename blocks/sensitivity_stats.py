@@ -114,19 +114,3 @@ def _ranks(values: Floats) -> Floats:
     last = np.cumsum(counts)
     ranks: Floats = (last - (counts - 1) / 2)[places]
     return ranks
-
-
-def ratio_spread(above: Any, below: Any, *, seed: int = 0) -> Spread:
-    """Spread of mean(`above`) / mean(`below`), both [W] over the same windows."""
-    top = np.asarray(above, dtype=np.float64).ravel()
-    bottom = np.asarray(below, dtype=np.float64).ravel()
-    if top.size != bottom.size or top.size == 0:
-        raise ValueError(f"above and below must be of one length, not {top.size}, {bottom.size}")
-    mean = float(top.mean() / max(bottom.mean(), 1e-30))
-    if top.size == 1:
-        return Spread(mean=mean, stderr=np.inf, lower=-np.inf, upper=np.inf)
-    random = np.random.default_rng(seed)
-    drawn = random.integers(top.size, size=(RESAMPLES, top.size))
-    ratios = top[drawn].mean(axis=1) / np.maximum(bottom[drawn].mean(axis=1), 1e-30)
-    low, high = np.percentile(ratios, [_LOW, _HIGH])
-    return Spread(mean=mean, stderr=float(ratios.std()), lower=float(low), upper=float(high))

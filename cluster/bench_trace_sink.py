@@ -21,7 +21,6 @@ from hotset.errors import ClusterError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PROTOCOLS = ("http/protobuf", "grpc")
 _SERVICE = "opentelemetry.proto.collector.trace.v1.TraceService"
 
 

@@ -44,16 +44,13 @@ class StandInPurse:
         self._earns = drift.budget.nats * drift.budget.margin_ratio * STANDIN_RATIO
         self._left = 0.0
         self._square: dict[int, float] = {}
-        self.earned_nats = 0.0
         self.spent_nats = 0.0
         self.used = 0
         self.refused = 0
 
     def earn(self, tokens: int) -> None:
         """Tokens of text were begun."""
-        gain = self._earns * tokens
-        self.earned_nats += gain
-        self._left = min(self._left + gain, self._earns * _SAVED_TOKENS)
+        self._left = min(self._left + self._earns * tokens, self._earns * _SAVED_TOKENS)
 
     def price(self, block: BlockId, form: Format, weights: Sequence[float]) -> float | None:
         """Nats that computing tokens with these router weights would cost; None: not measured."""
