@@ -30,7 +30,6 @@ from torch.nn import functional
 
 from hotset.actors.fetcher import Landing, Want
 from hotset.blocks.divergence import paired_kl
-from hotset.blocks.experts import view_weights
 from hotset.blocks.routing import combine, count_experts, group_rows
 from hotset.errors import HotsetError, TransportError
 from hotset.policies.types import BlockId, DriftMeasured, Format, Reason
@@ -40,12 +39,13 @@ if TYPE_CHECKING:
 
     from hotset.actors.cache import HotCache
     from hotset.actors.fetcher import Fetcher
+    from hotset.actors.weights import WeightViews
     from hotset.blocks.checkpoint import Catalog
     from hotset.blocks.experts import ExpertsModule, ExpertWeights
     from hotset.blocks.hf import ExpertRunner
     from hotset.blocks.routing import Reference
     from hotset.policies.live_share import LiveShare
-    from hotset.transport.slab import Slab, Slot
+    from hotset.transport.slab import Slab
 
 _NICE = 10
 _LOOK_S = 0.005  # between two looks at the load, or at the slab for a slot
@@ -72,12 +72,13 @@ class FullExperts:
         cache: HotCache,
         fetcher: Fetcher,
         slab: Slab,
+        views: WeightViews,
         compute: Compute,
         reference: Reference,
     ) -> None:
         """All parts belong to one worker; `compute` and `reference` are the token path's."""
         self._catalog, self._cache, self._fetcher, self._slab = catalog, cache, fetcher, slab
-        self._compute, self._reference = compute, reference
+        self._views, self._compute, self._reference = views, compute, reference
         self.rest: Callable[[], None] = lambda: None
         """Called before each block; waits while there is load."""
         self.waited_ns = 0
@@ -110,7 +111,7 @@ class FullExperts:
             try:
                 if held.format is Format.BF16:
                     self.waited_ns += time.monotonic_ns() - began_ns
-                    yield self._view(held.slot)
+                    yield self._views.full(held.slot)
                     return
             finally:
                 self._cache.done(held)
@@ -123,14 +124,10 @@ class FullExperts:
                 remedy="the live check tries again with the next request",
             )
         try:
-            yield self._view(slot)
+            yield self._views.full(slot)
         finally:
             self._slab.retire(slot)
             self._slab.unpin(slot)
-
-    def _view(self, slot: Slot) -> ExpertWeights:
-        payload = self._slab.torch_view(slot, self._catalog.block_nbytes)
-        return view_weights(payload, self._catalog.layout)
 
     def _fetch(self, block: BlockId) -> Landing:
         """Read the block into a slot that nobody else uses."""

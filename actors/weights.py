@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hotset.actors.directory import Directory
     from hotset.blocks.checkpoint import Catalog
     from hotset.blocks.experts import ExpertWeights
-    from hotset.transport.slab import Slab
+    from hotset.transport.slab import Slab, Slot
 
 _DIRECT_ROWS = 4
 """Most rows for which torch's int8 product beats decoding (measured: 1.1 ms against 1.4 at 4 rows,
@@ -48,18 +48,23 @@ class WeightViews:
         """Weights of a held copy, for a product with `rows` rows."""
         layout = self._catalog.layout
         if held.format is Format.BF16:
-            # Slots do not move and all blocks have one layout: views are made once per slot.
-            views = self._views.get(held.slot.offset)
-            if views is None:
-                payload = self._slab.torch_view(held.slot, layout.nbytes)
-                views = self._views[held.slot.offset] = view_weights(payload, layout)
-            return views
+            return self.full(held.slot)
         coder = codec(held.format)
         if coder.direct and rows <= _DIRECT_ROWS:
             return coder.views(self._payload(held), layout)
         self.decoded(held)
         decoded: ExpertWeights = self._local.views
         return decoded
+
+    def full(self, slot: Slot) -> ExpertWeights:
+        """Weights of a full-precision copy, where they lie."""
+        # Slots do not move and all blocks have one layout: views are made once per slot.
+        views = self._views.get(slot.offset)
+        if views is None:
+            layout = self._catalog.layout
+            payload = self._slab.torch_view(slot, layout.nbytes)
+            views = self._views[slot.offset] = view_weights(payload, layout)
+        return views
 
     def decoded(self, held: Held) -> torch.Tensor:
         """Full-precision bytes of a held copy, in this thread's scratch."""

@@ -44,7 +44,6 @@ from hotset.actors.tracecontext import child_of, parse
 from hotset.actors.uses import Uses
 from hotset.actors.weights import WeightViews
 from hotset.blocks.checkpoint import Catalog
-from hotset.blocks.experts import run_expert, run_expert_tiled
 from hotset.blocks.generate import TokenStream, generate
 from hotset.blocks.hf import import_model_code, load_skeleton
 from hotset.errors import ClusterError
@@ -184,7 +183,7 @@ class GPUWorker:
         )
         self._observer = Observer(self._path, layers=catalog.layers, record=self._spec.record)
         self._requests = 0
-        self._canary = self._live_check() if self._spec.live_check else None
+        self._canary = self._live_check(views) if self._spec.live_check else None
         self._skeleton.bind(self._canary or self._observer)
         self._skeleton.model.register_forward_pre_hook(self._before, with_kwargs=True)
         self._skeleton.model.register_forward_hook(self._after)
@@ -283,11 +282,11 @@ class GPUWorker:
             step_ns = time.time_ns() - context.step_start_ns
             self._canary.stepped(context.request, output.logits, step_ns=step_ns)
 
-    def _live_check(self) -> Canary:
+    def _live_check(self, views: WeightViews) -> Canary:
         full = FullExperts(
             catalog=self._parts.catalog, cache=self._cache, fetcher=self._parts.fetcher,
-            slab=self._parts.slab, reference=self._spec.reference,
-            compute=run_expert_tiled if self._spec.numerics == "tiled" else run_expert,
+            slab=self._parts.slab, views=views, reference=self._spec.reference,
+            compute=self._path.compute_expert,
         )  # fmt: skip
         return Canary(
             self._skeleton.model, served=self._observer, full=full,

@@ -10,6 +10,7 @@ import pytest
 
 from hotset.actors.cache import HotCache
 from hotset.actors.canary import Canary, FullExperts
+from hotset.actors.weights import WeightViews
 from hotset.blocks.experts import run_expert
 from hotset.blocks.generate import generate
 from hotset.blocks.hf import load_skeleton
@@ -68,6 +69,7 @@ class World:
         full = FullExperts(
             catalog=catalog, cache=self.cache, fetcher=node.fetcher, slab=node.slab,
             compute=run_expert, reference="eager",
+            views=WeightViews(catalog=catalog, slab=node.slab, directory=node.directory),
         )  # fmt: skip
         self.requests, self.waiting = 1, False
         self.canary = Canary(
