@@ -24,10 +24,10 @@ import numpy as np
 
 from hotset.policies import place_score as score
 from hotset.policies.affinity import crossing
+from hotset.policies.jit import COMPILED
 from hotset.policies.place import plan
 from hotset.policies.place_greedy import greedy_plan
 from hotset.policies.place_types import Crossing
-from hotset.policies.planner_jit import COMPILED
 from hotset.policies.shares import best_shares
 
 if TYPE_CHECKING:

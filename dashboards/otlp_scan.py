@@ -18,7 +18,7 @@ import numpy as np
 
 from hotset.actors import names
 from hotset.dashboards.otlp import COLUMNS, EMPTY_ROW
-from hotset.policies.planner_jit import COMPILED, compiled
+from hotset.policies.jit import COMPILED, compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

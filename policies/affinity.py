@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hotset.policies import place_score as score
+from hotset.policies.jit import compiled
 from hotset.policies.place_check import as_numpy, ratio
 from hotset.policies.place_types import Crossing
-from hotset.policies.planner_jit import compiled
 
 if TYPE_CHECKING:
     from hotset.policies.place_types import Placement

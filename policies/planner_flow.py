@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hotset.policies.planner_jit import compiled
+from hotset.policies.jit import compiled
 
 TOLERANCE = 1e-8
 """A device may exceed the limit by this part of it."""

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from hotset.policies.jit import compiled
 from hotset.policies.planner_flow import Flow, hold, level, list_hosts, open_flow
-from hotset.policies.planner_jit import compiled
 from hotset.policies.planner_keep import Traces  # noqa: TC001 - names what the stamp depends on
 from hotset.policies.planner_kernels import (
     Fleet,

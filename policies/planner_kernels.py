@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hotset.policies import planner_scans
-from hotset.policies.planner_jit import COMPILED, compiled
+from hotset.policies.jit import COMPILED, compiled
 from hotset.policies.planner_scans import BEYOND, LEAST_DROP, LEAST_SCORE
 
 CAUTION = 1.0 - 1e-12

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hotset.policies.planner_jit import compiled
+from hotset.policies.jit import compiled
 from hotset.policies.planner_kernels import (
     Fleet,
     Floats,

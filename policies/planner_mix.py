@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hotset.policies.jit import compiled
 from hotset.policies.planner_flow import find_sets, list_hosts
-from hotset.policies.planner_jit import compiled
 from hotset.policies.planner_kernels import (
     Fleet,
     Floats,

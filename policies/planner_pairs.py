@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hotset.policies.planner_jit import compiled
+from hotset.policies.jit import compiled
 
 if TYPE_CHECKING:
     from hotset.policies.planner_kernels import Floats, Ints

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hotset.policies.jit import compiled
 from hotset.policies.place_check import as_numpy, check_current, check_load, check_speed, whole
 from hotset.policies.planner_flow import level_layers
-from hotset.policies.planner_jit import compiled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

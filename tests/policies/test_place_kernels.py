@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.policies import planner_jit, planner_kernels, planner_layers, planner_scans
+from hotset.policies import jit, planner_kernels, planner_layers, planner_scans
 from hotset.policies.place import plan
 from hotset.policies.planner_kernels import Fleet, Layer
 
@@ -52,7 +52,7 @@ def layer_of(seed: int, *, devices: int, width: int, experts: int, spread: int) 
 shapes = st.tuples(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 5), st.integers(1, 3))
 
 
-@pytest.mark.skipif(not planner_jit.COMPILED, reason="numba is not installed")
+@pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.floats(1.0, 1.5), st.sampled_from([0.0, 3.0]))
 def test_both_scans_choose_alike(
@@ -94,7 +94,7 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the planner that finds no numba."""
     monkeypatch.setitem(sys.modules, "numba", None)
     order = (
-        "planner_jit", "planner_flow", "planner_kernels", "planner_pairs", "planner_layers",
+        "jit", "planner_flow", "planner_kernels", "planner_pairs", "planner_layers",
         "shares", "planner_keep", "planner_free", "planner_mix", "place",
     )  # fmt: skip
     for name in order:
@@ -109,7 +109,7 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return sys.modules["hotset.policies.place"]
 
 
-@pytest.mark.skipif(not planner_jit.COMPILED, reason="numba is not installed")
+@pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
 def test_plans_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     cases: list[dict[str, Any]] = [
@@ -122,7 +122,7 @@ def test_plans_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> No
     fast = [plan(load, **case) for case in cases]
     fast_next = [plan(drift, current=p, **c) for p, c in zip(fast, cases, strict=True)]
     slow = without_numba(monkeypatch)
-    assert not sys.modules["hotset.policies.planner_jit"].COMPILED
+    assert not sys.modules["hotset.policies.jit"].COMPILED
     for case, one, two in zip(cases, fast, fast_next, strict=True):
         again = slow.plan(load, **case)
         assert (again.physical_to_logical_map == one.physical_to_logical_map).all()
@@ -140,7 +140,7 @@ def test_a_kept_result_is_stale_when_something_built_into_it_changes() -> None:
         inner.__dict__["lineage"] = callee
         known = {"LIMIT": constant, "inner": type("Dispatcher", (), {"py_func": inner})}
         exec("def outer(value):\n    return inner(value) * LIMIT", known)  # noqa: S102 - own text
-        return planner_jit.lineage(known["outer"])  # type: ignore[arg-type]
+        return jit.lineage(known["outer"])  # type: ignore[arg-type]
 
     base = version(constant=1.0, callee="a")
     assert version(constant=1.0, callee="a") == base
@@ -148,7 +148,7 @@ def test_a_kept_result_is_stale_when_something_built_into_it_changes() -> None:
     assert version(constant=1.0, callee="b") != base
 
 
-@pytest.mark.skipif(not planner_jit.COMPILED, reason="numba is not installed")
+@pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
 def test_the_stamp_reaches_numbas_cache() -> None:
     dispatcher: Any = planner_layers.fresh_layers
     assert dispatcher.py_func.lineage in dispatcher._cache._cache_file._source_stamp

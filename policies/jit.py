@@ -1,9 +1,10 @@
-"""Compiles the planner's kernels with numba, if it is there, and knows when a kept result is stale.
+"""Compiles loops with numba, if it is there, and knows when a kept result is stale.
 
-Decides nothing about plans. The only file that knows numba. numba keeps compiled code on disk by
-the date of the function's own file and does not see that a function which it has built in from
-another file has changed. Here the stamp of a kept result is a digest of the function, of the
-constants and tuples that it names, and of every compiled function that it calls, however deep.
+Decides nothing. The planner's kernels and the scanner of traces go through it. numba keeps compiled
+code on disk by the date of the function's own file and does not see that a function which it has
+built in from another file has changed. Here the stamp of a kept result is a digest of the function,
+of the constants and tuples that it names, and of every compiled function that it calls, however
+deep.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 try:
     from numba import njit as _njit
-except ImportError:  # plans are the same without it
+except ImportError:  # results are the same without it
     _njit = None
 
 COMPILED = _njit is not None
