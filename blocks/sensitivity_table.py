@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from hotset.errors import ConfigError
+from hotset.errors import UNREADABLE, ConfigError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,7 +117,7 @@ def read_table(path: str | Path, *, checkpoint: str) -> SensitivityTable:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror})", remedy=f"make it with {_CALIBRATE}"
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{path} is not a sensitivity file ({error})", remedy=f"make it with {_CALIBRATE}"
         ) from error

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
-from hotset.errors import ConfigError, HotsetError
+from hotset.errors import UNREADABLE, ConfigError, HotsetError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -87,7 +87,7 @@ class HttpFront:
         try:
             asked = msgspec.json.decode(await request.read(), type=Asked)
             ids = self._ids(asked)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except UNREADABLE as error:
             return _error(400, str(error))
         if self._busy >= self._most:
             return _error(429, f"{self._most} requests are under way; try again")

@@ -19,7 +19,10 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = [
+    "UNREADABLE",
     "CheckpointError",
     "ClusterError",
     "ConfigError",
@@ -34,6 +37,10 @@ __all__ = [
     "TransferTimeout",
     "TransportError",
 ]
+
+UNREADABLE: Final = (ValueError, RecursionError)
+"""What msgspec raises for bytes that are not the message that is wanted: its own DecodeError, a
+UnicodeDecodeError for text that is none, and RecursionError for lists in lists in lists."""
 
 
 class HotsetError(Exception):

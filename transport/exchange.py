@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hotset.errors import HotsetError, PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, HotsetError, PeerGoneError, TransportError
 from hotset.transport.base import PeerInfo, refuse_older
 from hotset.transport.handshake import ANY, Identity, greet
 from hotset.transport.listener import Listener
@@ -112,14 +112,18 @@ class Exchange:
             )
             if not frame:
                 return
-            try:
-                reply = self._reply(_REQUEST.decode(frame))
-            except msgspec.DecodeError as error:
-                reply = _Trouble(f"a request makes no sense ({error})", "run one version of hotset")
-            except HotsetError as error:
-                reply = _Trouble(error.what, error.remedy)
-            body = msgspec.msgpack.encode(reply)
+            body = msgspec.msgpack.encode(self._answer(frame))
             send_frame(sock, body, deadline_ns=time.monotonic_ns() + _ANSWER_NS)
+
+    def _answer(self, frame: bytes) -> _Reply:
+        try:
+            request = _REQUEST.decode(frame)
+        except UNREADABLE as error:
+            return _Trouble(f"a request makes no sense ({error})", "run one version of hotset")
+        try:
+            return self._reply(request)
+        except HotsetError as error:
+            return _Trouble(error.what, error.remedy)
 
     def _reply(self, request: _Request) -> _Reply:
         if isinstance(request, _Ask):
@@ -208,7 +212,7 @@ def _call(
         )
     try:
         reply = _REPLY.decode(frame)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise _nonsense(address) from error
     if isinstance(reply, _Trouble):
         raise TransportError(f"store {found.name!r}: {reply.what}", remedy=reply.remedy)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, PeerGoneError, TransportError
 from hotset.transport.token import mac
 from hotset.transport.wire import receive_frame, send_frame
 
@@ -160,7 +160,7 @@ def _receive(sock: socket.socket, deadline_ns: int) -> bytes:
 def _decode(frame: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.msgpack.decode(frame, type=kind)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TransportError(
             f"the other side does not speak hotset's handshake ({error})",
             remedy="check address and version of the other end",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, PeerGoneError, TransportError
 from hotset.transport.base import Backend, PeerInfo, PostState, other_backend, refuse_older
 from hotset.transport.nixl import NixlBackend
 from hotset.transport.place import is_here
@@ -182,7 +182,7 @@ class NodeBackend(Backend):
 def _decode(peer: PeerInfo) -> _Metadata:
     try:
         return _METADATA.decode(peer.backend_metadata)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TransportError(
             f"the metadata of {peer.name!r} is damaged ({error})",
             remedy="ask the store for it anew",

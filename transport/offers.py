@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hotset.errors import HotsetError, TransferTimeout, TransportError
+from hotset.errors import UNREADABLE, HotsetError, TransferTimeout, TransportError
 from hotset.transport.base import Expect, ItemResult, PeerInfo, ReadItem, Status
 from hotset.transport.exchange import offer
 from hotset.transport.handshake import ANY, Identity
@@ -95,7 +95,7 @@ def push(  # noqa: PLR0913 - what is offered, to whom, until when; all by keywor
         answer = _ANSWER.decode(reply)
     except TransferTimeout as error:
         return Pushed(status=Status.TIMED_OUT, error=str(error))
-    except (TransportError, msgspec.DecodeError) as error:
+    except (TransportError, *UNREADABLE) as error:
         return Pushed(status=Status.FAILED, error=str(error))
     return Pushed(
         status=answer.status,
@@ -131,7 +131,7 @@ class Offers:
         try:
             asked = _MESSAGE.decode(message)
             check(asked.info, self._token)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             answer = _Answer(Status.FAILED, f"the offer is damaged ({error})", 0, 0)
         except TransportError as error:
             answer = _Answer(Status.FAILED, str(error), 0, 0)

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, PeerGoneError, TransportError
 
 _NAMESPACES: Final = ("pid", "net")
 
@@ -76,7 +76,7 @@ def decode_place(description: bytes, name: str) -> Place:
     """Read a description of store `name`. Raises TransportError when it is damaged."""
     try:
         return _PLACE.decode(description)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TransportError(
             f"the shared-memory metadata of {name!r} is damaged ({error})",
             remedy="ask the store for it anew",

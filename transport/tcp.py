@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, PeerGoneError, TransportError
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -227,7 +227,7 @@ def _nobody() -> None:
 def _decode(peer: PeerInfo) -> _Place:
     try:
         place = _PLACE.decode(peer.backend_metadata)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TransportError(
             f"the metadata of {peer.name!r} is damaged ({error})",
             remedy="ask the store for it anew",

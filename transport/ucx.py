@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from hotset.errors import HotsetError, PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, HotsetError, PeerGoneError, TransportError
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -125,7 +125,7 @@ class UcxBackend(Backend):
         refuse_older(peer, known)
         try:
             door = _DOOR.decode(peer.backend_metadata)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise TransportError(
                 f"the metadata of {peer.name!r} is damaged ({error})",
                 remedy="ask the store for it anew",

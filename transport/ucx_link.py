@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, PeerGoneError, TransportError
 from hotset.transport.token import mac
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def decode(frame: bytes, kind: type[_T]) -> _T:
     """Read one frame. Raises TransportError when it is of another kind."""
     try:
         return msgspec.msgpack.decode(frame, type=kind)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise TransportError(
             f"the other side does not speak hotset's protocol ({error})", remedy=_RETRY
         ) from error

@@ -17,7 +17,7 @@ from hotset.actors.control import ControlSpec
 from hotset.actors.frames import read_frames
 from hotset.actors.messages import unpack_event
 from hotset.dashboards.page.run import Run, guess_spec
-from hotset.errors import ConfigError
+from hotset.errors import UNREADABLE, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,7 @@ def open_run(run_dir: Path) -> Run:
     if recorded.is_file():
         try:
             return Run.of(msgspec.json.decode(recorded.read_bytes(), type=ControlSpec))
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ConfigError(
                 f"{recorded} cannot be read ({error})",
                 remedy="remove it: the shape is then guessed from the journal",

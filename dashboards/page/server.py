@@ -20,6 +20,7 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from hotset.dashboards.page import wire
+from hotset.errors import UNREADABLE
 from hotset.policies.types import BlockId
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class _Viewer:
     async def _take(self, text: str) -> None:
         try:
             ask = wire.decode_ask(text)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             await self._socket.send_str(wire.trouble(str(error)))
             return
         if ask.kind == "why":

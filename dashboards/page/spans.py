@@ -19,6 +19,7 @@ from hotset.actors import names
 from hotset.dashboards.intervals import union
 from hotset.dashboards.otlp import Attribute, Value
 from hotset.dashboards.page.timeline import Column
+from hotset.errors import UNREADABLE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +110,7 @@ class Traces:
         """Take in one line of a trace file."""
         try:
             found = self._decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except UNREADABLE:
             self.damaged += 1
             return
         for resource in found.resource_spans:

@@ -86,7 +86,9 @@ def test_proofs_hold_for_one_conversation_only() -> None:
     assert refusal
     with pytest.raises(PeerGoneError, match="a:4"):
         answer(said, newer, token=token)
-    for garbage in (b"", b"\xc1", secrets.token_bytes(40)):
+    no_text = b"\x99\xa5\xdf3+-7"  # a list whose first text is not UTF-8
+    nested = bytes([said[0] + 1]) + said[1:] + b"\x91" * 100_000  # and one more field
+    for garbage in (b"", b"\xc1", no_text, nested, secrets.token_bytes(40)):
         with pytest.raises(TransportError):
             challenge(garbage, name="a", incarnation=3, token=token)
         with pytest.raises(TransportError):
