@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hotset.policies.types import Copy
 
 
-_UNCLIPPED = 8
-"""Samples that are taken as they are: the first guess may be far off."""
+_DISBELIEF = 0.1
+"""Weight left to all earlier samples together when a read was far faster than they said."""
 _PRIOR_WEIGHT = 0.01
 _FASTEST_NS_PER_BYTE = 1e-4
 """10 TB/s: below this the samples say nothing about bytes."""
@@ -110,8 +110,10 @@ class LinkCost:
     Least squares over samples that fade by `gain`. Each is weighted by the inverse square of its
     size plus the size whose bytes take as long as the latency, so that small and large reads
     count alike. The first guess stays in with a small weight, which tells the two terms apart
-    while all reads have one size. A sample far off the line is clipped to `clip` times the
-    expectation: one hiccup does not scare traffic away, the same excess again and again does.
+    while all reads have one size. A sample far above the line is clipped to `clip` times the
+    expectation: one hiccup, or the connection that the first read waits for, does not scare traffic
+    away, the same excess again and again does. A read that was far faster says more than those
+    before it, since many things slow a read down and none makes it faster than its link.
     """
 
     __slots__ = (
@@ -168,17 +170,18 @@ class LinkCost:
 
     def observe(self, nbytes: int, *, elapsed_ns: int) -> None:
         """Learn from one read that took `elapsed_ns`."""
-        seen = max(float(elapsed_ns), 1.0)
-        if self.samples >= _UNCLIPPED:
-            expected = self._latency_ns + nbytes * self._ns_per_byte
-            seen = min(max(seen, expected / self._clip), expected * self._clip)
-        self.samples += 1
+        expected = self._latency_ns + nbytes * self._ns_per_byte
+        seen = min(max(float(elapsed_ns), 1.0), expected * self._clip)
         weight = (nbytes + self._latency_bytes) ** -2.0
-        self._w = self._w * self._fade + weight
-        self._wn = self._wn * self._fade + weight * nbytes
-        self._nn = self._nn * self._fade + weight * nbytes * nbytes
-        self._wt = self._wt * self._fade + weight * seen
-        self._nt = self._nt * self._fade + weight * nbytes * seen
+        fade = self._fade
+        if self._w and seen * self._clip < expected:
+            fade = min(fade, _DISBELIEF * weight / self._w)
+        self.samples += 1
+        self._w = self._w * fade + weight
+        self._wn = self._wn * fade + weight * nbytes
+        self._nn = self._nn * fade + weight * nbytes * nbytes
+        self._wt = self._wt * fade + weight * seen
+        self._nt = self._nt * fade + weight * nbytes * seen
         self._solve()
 
     def _solve(self) -> None:

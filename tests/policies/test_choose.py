@@ -70,6 +70,20 @@ def test_link_cost_finds_latency_and_bandwidth(seed: int) -> None:
     assert 3.5e9 < link.bytes_per_s < 7e9
 
 
+def test_reads_that_waited_for_the_connection_are_forgotten_as_soon_as_one_did_not() -> None:
+    link = LinkCost(latency_ns=100_000, bytes_per_s=2e9)
+    link.observe(73_792, elapsed_ns=20_000_000)
+    assert link.estimate_ns(73_792) < 500_000  # one read says little
+    for _ in range(14):  # a first fill: all of it waits for one connection
+        link.observe(73_792, elapsed_ns=30_000_000)
+    for _ in range(2):
+        link.observe(73_792, elapsed_ns=60_000)
+    assert link.estimate_ns(73_792) < 400_000
+    for _ in range(3):
+        link.observe(73_792, elapsed_ns=60_000)
+    assert 55_000 < link.estimate_ns(73_792) < 90_000
+
+
 def test_one_hiccup_moves_the_estimate_little_and_a_slow_link_is_noticed() -> None:
     link = LinkCost(latency_ns=100_000, bytes_per_s=5e9)
     for _ in range(50):
