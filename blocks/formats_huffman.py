@@ -32,6 +32,8 @@ LONGEST = 11  # bits of a code
 SPARE = 8  # bytes behind the streams that a decoder may look at
 _ENTRIES = 1 << LONGEST
 _SIDE = 4  # streams that a CPU decodes side by side
+_LOOKS = 5  # looks at one load of 57 bits or more
+_MOST = 4 * _LOOKS  # symbols that one load may give
 
 if COMPILED:
     from llvmlite import ir
@@ -176,18 +178,37 @@ def _decode_run(bits: Any, start: Any, first: Any, goal: Any, done: Any, count: 
 
 
 @compiled
-def _four(bits: Any, table: Any, place: Any, goal: Any, done: Any) -> Any:
-    """Up to 16 symbols from bit `place` on; gives the bit and the symbol to go on with."""
-    window = _load64(bits, min(place >> 3, bits.size - 8)) >> np.uint64(place & 7)
-    used, made = np.uint64(0), np.uint64(0)
-    for _ in range(4):
-        entry = table[np.int64(window & np.uint64(0x7FF))]
-        _store32(goal, done + np.int64(made), np.uint32(entry & np.uint64(0xFFFFFFFF)))
-        length = entry >> np.uint64(40)
-        window >>= length
-        used += length
-        made += entry >> np.uint64(32) & np.uint64(0xFF)
-    return place + np.int64(used), done + np.int64(made)
+def _window(bits: Any, place: Any) -> Any:
+    """At least 57 bits from bit `place` on."""
+    return _load64(bits, min(place >> 3, bits.size - 8)) >> np.uint64(place & 7)
+
+
+@compiled
+def _look(table: Any, window: Any, sums: Any, goal: Any, done: Any) -> Any:
+    """Up to 4 symbols; gives the window and the sums (symbols | bits << 8) to go on with."""
+    entry = table[window & np.uint64(0x7FF)]
+    place = done + np.int64(sums & np.uint64(0xFF))
+    _store32(goal, place, np.uint32(entry & np.uint64(0xFFFFFFFF)))
+    return window >> (entry >> np.uint64(40)), sums + (entry >> np.uint64(32))
+
+
+@compiled
+def _on(place: Any, done: Any, sums: Any) -> Any:
+    """The bit and the symbol to go on with."""
+    return place + np.int64(sums >> np.uint64(8)), done + np.int64(sums & np.uint64(0xFF))
+
+
+@compiled
+def _rest_of_run(bits: Any, place: Any, table: Any, first: Any, goal: Any, done: Any) -> Any:
+    """Decode one stream alone from bit `place` to its RUN symbols; gives the end."""
+    before: Any = -1
+    while before < done <= RUN - _MOST:
+        before = done
+        window, sums = _window(bits, place), np.uint64(0)
+        for _ in range(_LOOKS):
+            window, sums = _look(table, window, sums, goal, done)
+        place, done = _on(place, done, sums)
+    return _decode_run(bits, place, first, goal, done, RUN)
 
 
 @compiled
@@ -196,37 +217,44 @@ def decode_streams(bits: Any, starts: Any, codes: Any, lengths: Any, rest: Any, 
     first = np.zeros(_ENTRIES, np.uint16)
     table = np.zeros(_ENTRIES, np.uint64)
     _fill_table(codes, lengths, first, table)
-    room = RUN + 16
-    goals = np.zeros(_SIDE * room, np.uint8)
+    goals = np.zeros(_SIDE * RUN, np.uint8)
     whole = out.size // RUN
-    fast = RUN - 16  # as long as no stream has more, 16 symbols may follow
     for group in range(0, whole - whole % _SIDE, _SIDE):
-        goal0, goal1 = goals[:room], goals[room : 2 * room]
-        goal2, goal3 = goals[2 * room : 3 * room], goals[3 * room :]
+        goal0, goal1 = goals[:RUN], goals[RUN : 2 * RUN]
+        goal2, goal3 = goals[2 * RUN : 3 * RUN], goals[3 * RUN :]
         at0, at1 = np.int64(starts[group]) * 8, np.int64(starts[group + 1]) * 8
         at2, at3 = np.int64(starts[group + 2]) * 8, np.int64(starts[group + 3]) * 8
         done0: Any = 0
         done1: Any = 0
         done2: Any = 0
         done3: Any = 0
-        while max(done0, done1, done2, done3) <= fast:
+        while max(done0, done1, done2, done3) <= RUN - _MOST:
             before = done0 + done1 + done2 + done3
-            at0, done0 = _four(bits, table, at0, goal0, done0)
-            at1, done1 = _four(bits, table, at1, goal1, done1)
-            at2, done2 = _four(bits, table, at2, goal2, done2)
-            at3, done3 = _four(bits, table, at3, goal3, done3)
+            # A look waits for the one before it, so looks of four streams take turns.
+            window0, window1 = _window(bits, at0), _window(bits, at1)
+            window2, window3 = _window(bits, at2), _window(bits, at3)
+            sums0 = sums1 = sums2 = sums3 = np.uint64(0)
+            for _ in range(_LOOKS):
+                window0, sums0 = _look(table, window0, sums0, goal0, done0)
+                window1, sums1 = _look(table, window1, sums1, goal1, done1)
+                window2, sums2 = _look(table, window2, sums2, goal2, done2)
+                window3, sums3 = _look(table, window3, sums3, goal3, done3)
+            at0, done0 = _on(at0, done0, sums0)
+            at1, done1 = _on(at1, done1, sums1)
+            at2, done2 = _on(at2, done2, sums2)
+            at3, done3 = _on(at3, done3, sums3)
             if done0 + done1 + done2 + done3 == before:
                 return False
-        at0 = _decode_run(bits, at0, first, goal0, done0, RUN)
-        at1 = _decode_run(bits, at1, first, goal1, done1, RUN)
-        at2 = _decode_run(bits, at2, first, goal2, done2, RUN)
-        at3 = _decode_run(bits, at3, first, goal3, done3, RUN)
+        at0 = _rest_of_run(bits, at0, table, first, goal0, done0)
+        at1 = _rest_of_run(bits, at1, table, first, goal1, done1)
+        at2 = _rest_of_run(bits, at2, table, first, goal2, done2)
+        at3 = _rest_of_run(bits, at3, table, first, goal3, done3)
         ends = (at0, at1, at2, at3)
         for side in range(_SIDE):
             if (ends[side] + 7) >> 3 != np.int64(starts[group + side + 1]):
                 return False
-            _join(goals[side * room : side * room + RUN], rest, out, (group + side) * RUN)
-    goal = goals[:room]
+            _join(goals[side * RUN : (side + 1) * RUN], rest, out, (group + side) * RUN)
+    goal = goals[:RUN]
     for stream in range(whole - whole % _SIDE, starts.size - 1):
         count = min(RUN, out.size - stream * RUN)
         end = _decode_run(bits, np.int64(starts[stream]) * 8, first, goal, 0, count)
