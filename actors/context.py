@@ -25,6 +25,7 @@ class Context:
     stall_ns: int = 0
     fetches: int = 0  # of this layer
     started: int = 0  # prefetches included
+    layer_tokens: int = 0
     layer_start_ns: int = 0
     layer_stall_ns: int = 0
 

@@ -259,7 +259,9 @@ class TokenPath:
                 stall_ns=context.stall_ns - context.layer_stall_ns,
                 fetches=context.fetches,
                 started=context.started,
+                tokens=context.layer_tokens,
             )
+        context.layer_tokens = context.tokens
         context.layer_start_ns = start_ns
         context.layer_stall_ns = context.stall_ns
         fetch_ns = self._directory.cheapest_ns(self._catalog.block_nbytes)

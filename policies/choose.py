@@ -90,17 +90,15 @@ def prefetch_bar(
 ) -> float:
     """Least chance of use, 0..1, at which a prefetch is worth its place on the link.
 
-    With chance p it hides min(`fetch_ns`, `ahead_ns`) of a fetch, `ahead_ns` being the time until
-    its layer comes, but no more than a demand fetch has been seen to cost (`missed_ns`; None: not
-    measured). With chance 1 - p it was in vain: it took `start_ns` of compute, and held up a demand
+    With chance p it hides what a demand fetch has been seen to cost (`missed_ns`; None: not
+    measured, `fetch_ns` then), but no more than `ahead_ns`, the time until its layer comes. With
+    chance 1 - p it was in vain: it took `start_ns` of compute, and held up a demand
     fetch for `fetch_ns` if one came meanwhile, which happens with `busy_ratio` (share of the time
     in which demand fetches occupy the link). Where starting costs nothing, every guess is free on
     an idle link; on a link that is the bottleneck nearly certain ones pay.
     """
     vain = busy_ratio * fetch_ns + start_ns
-    hidden = min(fetch_ns, ahead_ns)
-    if missed_ns is not None:
-        hidden = min(hidden, missed_ns)
+    hidden = min(fetch_ns if missed_ns is None else missed_ns, ahead_ns)
     return vain / (vain + hidden) if vain + hidden > 0 else 0.0
 
 

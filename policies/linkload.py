@@ -4,9 +4,11 @@ Decides a bar: the least chance of use at which a prefetch is worth starting. Mu
 links or blocks: the caller measures layers and steps, live or simulated.
 
 Two costs are measured, not assumed. `missed_ns` is what a demand fetch makes compute wait on
-average; only that can a prefetch save. `start_ns` is what each fetch, in time or not, adds to the
-compute of its own device (software that starts, checks and books it, on the same cores): the slope
-of a line through compute and fetches of layers. A prefetch in vain costs that in any case.
+average, with all that its time on the link leaves out; that is what a prefetch saves. `start_ns` is
+what each fetch, in time or not, adds to the compute of its own device (software that starts and
+books it, on the same cores): the slope of a line through compute and fetches of layers. A
+prefetch in vain costs that in any case. Only layers of decode steps are looked at: a prefill
+fetches much and computes much, and neither is why of the other.
 
 Invariants: same samples, same bar; nothing measured is negative. Threads may race, which loses a
 sample and nothing else.
@@ -19,8 +21,9 @@ from hotset.policies.trial import PrefetchTrial
 
 NEVER = 1e9  # no chance of use reaches this
 _GAIN = 0.05
-_LINE_GAIN = 0.005
-"""The line needs more samples than a mean does: layers differ more than fetches cost."""
+_SLOW_GAIN = 0.005
+"""The line and the ratio of two sums need more samples than a mean does: layers differ more than
+fetches cost, and where few blocks are missed the newest layers say nothing about a miss."""
 _LINE_SAMPLES = 64
 _CLIP = 8.0
 """A layer of this many times the mean was interrupted, and counts as no more than that."""
@@ -36,6 +39,8 @@ class LinkLoad:
         self.fetches = 0.0
         self.trial = PrefetchTrial()
         self._line = _Line()
+        self._waited = _Mean()
+        self._missed = _Mean()
 
     @property
     def start_ns(self) -> int:
@@ -45,19 +50,25 @@ class LinkLoad:
     @property
     def missed_ns(self) -> int | None:
         """What a demand fetch makes compute wait; None until there was one."""
-        return int(self.stall_ns / self.fetches) if self.fetches > _GAIN / 2 else None
+        return int(self._waited.value / self._missed.value) if self._missed.value > 0.0 else None
 
-    def observe(self, *, layer_ns: int, stall_ns: int, fetches: int, started: int) -> None:
-        """One layer took `layer_ns`, `stall_ns` of it waiting.
+    def observe(
+        self, *, layer_ns: int, stall_ns: int, fetches: int, started: int, tokens: int = 1
+    ) -> None:
+        """One layer took `layer_ns` for `tokens`, `stall_ns` of it waiting.
 
         It asked for `fetches` and started as many transfers as `started`, prefetches included.
         """
+        if tokens != 1:
+            return
         if self.layer_ns:
             layer_ns = min(layer_ns, int(_CLIP * self.layer_ns))
             stall_ns = min(stall_ns, layer_ns)
         self.layer_ns += _GAIN * (layer_ns - self.layer_ns)
         self.stall_ns += _GAIN * (stall_ns - self.stall_ns)
         self.fetches += _GAIN * (fetches - self.fetches)
+        self._waited.observe(stall_ns)
+        self._missed.observe(fetches)
         self._line.observe(started, value=layer_ns - stall_ns)
 
     def step(self, *, step_ns: int, tokens: int) -> None:
@@ -80,6 +91,18 @@ class LinkLoad:
         )
 
 
+class _Mean:
+    """Of samples that fade slowly."""
+
+    def __init__(self) -> None:
+        self._samples = 0
+        self.value = 0.0
+
+    def observe(self, sample: float) -> None:
+        self._samples += 1
+        self.value += max(_SLOW_GAIN, 1.0 / self._samples) * (sample - self.value)
+
+
 class _Line:
     """Slope of value over count, least squares over samples that fade."""
 
@@ -89,7 +112,7 @@ class _Line:
 
     def observe(self, count: int, *, value: float) -> None:
         self._samples += 1
-        gain = max(_LINE_GAIN, 1.0 / self._samples)
+        gain = max(_SLOW_GAIN, 1.0 / self._samples)
         count_off, value_off = count - self._count, value - self._value
         self._count += gain * count_off
         self._value += gain * value_off

@@ -134,6 +134,7 @@ class SimWorker:
     waiting: set[int] = field(default_factory=set)
     unclaimed: list[int] = field(default_factory=list)
     usual: int = 0  # needs of a decode step
+    tokens: int = 1  # of the step; 2 stand for a prefill
     prefetching: int = 0
     load: LinkLoad = field(default_factory=LinkLoad)
     layer_began_ns: int = 0

@@ -105,6 +105,9 @@ class Simulation(SimCluster):
             worker.step_began_ns, worker.step_stall_ns = self.now_ns, 0
         counts = [1] * len(experts)
         self._steer(worker)
+        if row == 0:
+            needs = sum(len(experts) for experts in worker.visits[worker.at])
+            worker.tokens = 1 if needs <= worker.usual else 2
         plan = worker.policy.routed(self._layers[row], experts, counts, step=worker.at, request=1)
         worker.fetches = worker.started = worker.stall_ns = 0
         base = row * self._size
@@ -138,6 +141,7 @@ class Simulation(SimCluster):
                 stall_ns=worker.stall_ns,
                 fetches=worker.fetches,
                 started=worker.started,
+                tokens=worker.tokens,
             )
         worker.layer_began_ns = self.now_ns
         worker.policy.steer(worker.load.bar(fetch_ns=self._fetch_ns))
@@ -233,8 +237,7 @@ class Simulation(SimCluster):
             self.score.steps += 1
             self.score.step_ns += step_ns
             self.score.stall_ns += worker.step_stall_ns
-        needs = sum(len(experts) for experts in worker.visits[worker.at])
-        worker.load.step(step_ns=step_ns, tokens=1 if needs <= worker.usual else 2)
+        worker.load.step(step_ns=step_ns, tokens=worker.tokens)
         worker.at += 1
         self._report(worker)
 
