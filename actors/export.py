@@ -2,7 +2,9 @@
 
 Which exporter there is says `hotset.actors.exporters`. This module decides only that a slow or
 absent collector costs spans and never time: batches wait in a bounded queue, a thread of its own
-encodes and sends them, and what does not fit or does not arrive is counted. Must not know Ray.
+encodes and sends them, and what does not fit or does not arrive is counted. A call costs more than
+the spans in it, so batches are gathered for half a second, or until they fill one.
+Must not know Ray.
 
 Invariant: rows offered == exported + dropped + sampled out + waiting, and what rings lost counts as
 offered and dropped.
@@ -11,8 +13,10 @@ offered and dropped.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 MOST_WAITING: Final = 1 << 18
 """Rows that wait at most: 33 MB, half a minute of 10,000 spans a second."""
+LINGER_S: Final = 0.5
 _SPANS_A_CALL: Final = 2048
 
 
@@ -49,18 +54,24 @@ class Collector:
         encoder: SpanEncoder,
         ratio: float = 1.0,
         most_waiting: int = MOST_WAITING,
+        linger_s: float = LINGER_S,
     ) -> None:
-        """`encoder` is this thread's own; `ratio` is the share of ordinary transfers to send."""
+        """`encoder` is this thread's own; `ratio` is the share of ordinary transfers to send.
+
+        The first of a call's batches waits at most `linger_s` for others.
+        """
         self._exporter = exporter
         self._encoder = encoder
         self._ratio = ratio
         self._most = most_waiting
+        self._linger_s = linger_s
         self._samplers: dict[str, Sampler] = {}
         self._queue: deque[RowBatch] = deque()
         self._waiting = 0
         self._changed = threading.Condition()
         self._closing = False
         self._abandoned = False
+        self._warned = False
         self.offered = 0
         self.exported = 0
         self.dropped = 0
@@ -71,6 +82,8 @@ class Collector:
     def offer(self, batch: RowBatch) -> None:
         """Queue a batch, or drop it when the queue is full. Never waits for the collector."""
         count = len(batch.table()) + batch.dropped
+        if not count:
+            return
         with self._changed:
             self.offered += count
             if self._closing or self._waiting + count > self._most:
@@ -113,32 +126,58 @@ class Collector:
                     self.sampled_out += left_out
                     self._waiting -= left_out
                     return
-                batch = self._queue.popleft()
-            self._send(batch)
+                self._changed.wait_for(self._enough, self._linger_s)
+                batches = self._take()
+            self._send(batches)
 
-    def _send(self, batch: RowBatch) -> None:
-        sampler = self._samplers.setdefault(batch.store, Sampler(ratio=self._ratio))
-        held_before = sampler.held
-        rows = batch.table()
-        passed, left_out = sampler.sift(rows)
-        line = self._encoder.encode(replace(batch, rows=passed.tobytes()), sampled_out=left_out)
-        exported = self._export(readable_spans(line.text)) if line and line.spans else 0
-        lost = batch.dropped + len(passed) - exported
+    def _enough(self) -> bool:
+        return self._closing or self._waiting >= _SPANS_A_CALL
+
+    def _take(self) -> list[RowBatch]:
+        """Batches for about one call."""
+        found, rows = [], 0
+        while self._queue and rows < _SPANS_A_CALL:
+            found.append(self._queue.popleft())
+            rows += len(found[-1].table())
+        return found
+
+    def _send(self, batches: Sequence[RowBatch]) -> None:
+        spans: list[ReadableSpan] = []
+        done = left_out = lost = 0  # rows that no longer wait; of them left out; of them in vain
+        for batch in batches:
+            sampler = self._samplers.setdefault(batch.store, Sampler(ratio=self._ratio))
+            held_before = sampler.held
+            rows = batch.table()
+            passed, spared = sampler.sift(rows)
+            line = self._encoder.encode(replace(batch, rows=passed.tobytes()), sampled_out=spared)
+            spans += readable_spans(line.text) if line and line.spans else ()
+            done += len(rows) + batch.dropped - (sampler.held - held_before)
+            left_out += spared
+            lost += batch.dropped + len(passed)
+        exported = self._export(spans)
         with self._changed:
             if self._abandoned:
-                return  # `close` has counted this batch
-            self._waiting -= len(rows) + batch.dropped - (sampler.held - held_before)
+                return  # `close` has counted these batches
+            self._waiting -= done
             self.sampled_out += left_out
             self.exported += exported
-            self.dropped += lost
+            self.dropped += lost - exported
 
     def _export(self, spans: Sequence[ReadableSpan]) -> int:
         done = 0
         for first in range(0, len(spans), _SPANS_A_CALL):
             part = spans[first : first + _SPANS_A_CALL]
-            if self._exporter.export(part) is SpanExportResult.SUCCESS:
-                done += len(part)
+            done += len(part) if self._delivered(part) else 0
         return done
+
+    def _delivered(self, part: Sequence[ReadableSpan]) -> bool:
+        try:
+            return self._exporter.export(part) is SpanExportResult.SUCCESS
+        except Exception as error:  # noqa: BLE001 - whatever an exporter raises costs its spans only
+            if not (self._abandoned or self._warned):  # `close` cuts a call that is under way
+                warnings.warn(f"spans are lost, the exporter raised {error!r}", stacklevel=1)
+                self._warned = True
+            return False
 
 
 # --- from the text of a line to what the SDK exports --------------------------------------------
@@ -218,11 +257,28 @@ def readable_spans(text: str) -> list[ReadableSpan]:
     """
     found: list[ReadableSpan] = []
     for group in _decoder.decode(text).resource_spans:
-        resource = Resource(_plain(group.resource.attributes))
+        resource = _resource(tuple(_plain(group.resource.attributes).items()))
         for part in group.scope_spans:
             scope = InstrumentationScope(names.SCOPE, attributes=_plain(part.scope.attributes))
             found += [_readable(span, resource=resource, scope=scope) for span in part.spans]
     return found
+
+
+class _Resource(Resource):
+    """A resource that is spelled once for its hash, and not for each of its spans."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        super().__init__(attributes)
+        self._known = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._known
+
+
+@lru_cache(maxsize=64)
+def _resource(attributes: tuple[tuple[str, Any], ...]) -> Resource:
+    """One object for the equal resources of many lines."""
+    return _Resource(dict(attributes))
 
 
 def _readable(span: _Span, *, resource: Resource, scope: InstrumentationScope) -> ReadableSpan:

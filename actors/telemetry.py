@@ -66,6 +66,7 @@ class Totals(msgspec.Struct, kw_only=True):
     dropped: int = 0
     exported: int = 0
     export_dropped: int = 0
+    export_waiting: int = 0
     flight_dumps: int = 0
     peak_rss_bytes: dict[str, int] = msgspec.field(default_factory=dict)
 
@@ -225,6 +226,7 @@ class Telemetry:
         self._count(names.SPANS_EXPORTED, now[0] - before[0], labels)
         self._count(names.EXPORT_DROPPED, now[1] - before[1], labels)
         self._totals.exported, self._totals.export_dropped = now
+        self._totals.export_waiting = self._collector.waiting
 
     def _clock_loop(self) -> None:
         """Measure the node's clock now and then; without an answer the last estimate stays."""

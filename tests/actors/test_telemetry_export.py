@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="needs the extra otlp")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra otlp")
 
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hotset.actors import names
 from hotset.actors.batches import RowBatch
@@ -27,8 +28,11 @@ from hotset.transport.records import ROW, Code, Kind
 from tests.actors.sinks import SINKS, http_sink, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExportResult
 
 DEADLINE_S = 20.0
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -181,6 +185,30 @@ def test_a_sink_that_stops_midway_is_accounted_for() -> None:
         sending.offer(batch)
     sending.close(timeout_s=0.2)
     assert sending.exported == received
+    assert sending.exported + sending.dropped == sending.offered
+
+
+def test_an_exporter_that_raises_costs_its_own_spans_only() -> None:
+    class Moody(InMemorySpanExporter):
+        calls = 0
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            self.calls += 1
+            if self.calls == 1:
+                raise OSError("the channel is closed")
+            return super().export(spans)
+
+    made, exporter = batches(2, size=2048), Moody()
+    sending = Collector(exporter, encoder=SpanEncoder(node="n0", run="r1"))
+
+    def send() -> bool:
+        for batch in made:
+            sending.offer(batch)
+        return sending.close(timeout_s=DEADLINE_S)
+
+    with pytest.warns(UserWarning, match="spans are lost, the exporter raised OSError"):
+        assert send()
+    assert len(exporter.get_finished_spans()) == sending.exported == 2048
     assert sending.exported + sending.dropped == sending.offered
 
 
