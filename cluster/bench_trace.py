@@ -2,8 +2,7 @@
 
 - `append`: CPU time of one row with every column, on a real ring.
 - `tokens`: tokens a second and CPU time of a worker with its rows on, off, and on while the
-  collector is frozen; requests in turns on one worker of one deployment, each way first as often as
-  another. The change is the median over rounds of the ratio within a round.
+  collector is frozen, in turns (`bench_trace_tokens`).
 - `actor`: rows through a real telemetry actor: at 10,000 spans a second for some seconds, then as
   fast as it takes them; with no collector, with one over HTTP and over gRPC, with one that is
   frozen and with a closed port. `lag_ms` is how long a call that asks for the sums takes meanwhile:
@@ -12,7 +11,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import tempfile
@@ -25,6 +23,7 @@ import click
 import numpy as np
 
 from hotset.cluster.bench_trace_sink import sink
+from hotset.cluster.bench_trace_tokens import CHANGE_BOUND, WAYS, measure_tokens
 from hotset.cluster.console import say, silent
 from hotset.cluster.options import json_option
 from hotset.dashboards.text import table
@@ -32,33 +31,11 @@ from hotset.dashboards.text import table
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hotset.cluster.bench_trace_sink import Sink
-    from hotset.cluster.front import Front
-    from hotset.cluster.launch import Deployment
+    from hotset.cluster.bench_trace_tokens import Change, Tokens
 
 APPEND_BOUND_NS = 2_000
-CHANGE_BOUND = 0.03
 SPANS_PER_S = 10_000
 _BATCH = 500  # rows of a message; five a heartbeat at the bound
-_WAYS = ("on", "off", "frozen")
-_PROMPT = "def __init__(self, name, value, **kwargs):\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """One way of serving: medians over rounds, with the least and the most.
-
-    `change_ratio` is how many tokens a second more or fewer than with tracing off, the median of
-    the rounds; `cpu_change_ratio` the same of the worker's CPU time for a token, over all rounds.
-    """
-
-    way: str
-    tokens_per_s: float
-    least: float
-    most: float
-    cpu_ms_per_token: float
-    change_ratio: float
-    cpu_change_ratio: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,65 +89,6 @@ def append_ns(*, rows: int = 100_000, rounds: int = 7) -> float:
     return statistics.median(spent)
 
 
-# --- tokens a second ----------------------------------------------------------------------------
-
-
-def measure_tokens(
-    deployment: Deployment, collector: Sink, *, rounds: int, tokens: int
-) -> tuple[list[Tokens], float]:
-    """Serve each way in turns; also the number of rows for a token with tracing on."""
-    import psutil  # type: ignore[import-untyped] # it has no types
-    import ray
-
-    from hotset.cluster.front import Front
-    from hotset.cluster.serve import encode_prompt, load_tokenizer
-
-    name = next(iter(deployment.workers))
-    worker = deployment.workers[name]
-    process = psutil.Process(ray.get(worker.pid.remote()))
-    front = Front(deployment)
-    ids = encode_prompt(load_tokenizer(str(deployment.config.model)), _PROMPT)
-    speed: dict[str, list[float]] = {way: [] for way in _WAYS}
-    cpu_s = dict.fromkeys(_WAYS, 0.0)
-    orders = itertools.cycle(itertools.permutations(_WAYS))
-    _request(front, ids, tokens=tokens, worker=name)  # the first one pays for what others find
-    for _, order in zip(range(rounds), orders, strict=False):
-        for way in order:
-            ray.get(worker.trace.remote(on=way != "off"))
-            if way == "frozen":
-                collector.freeze()
-            before = process.cpu_times()
-            speed[way].append(_request(front, ids, tokens=tokens, worker=name))
-            after = process.cpu_times()
-            collector.thaw()
-            cpu_s[way] += after.user + after.system - before.user - before.system
-    ray.get(worker.trace.remote(on=True))
-    before_rows = deployment.totals().spans
-    _request(front, ids, tokens=tokens, worker=name)
-    rows = deployment.totals().spans - before_rows
-    found = [
-        Tokens(
-            way=way,
-            tokens_per_s=statistics.median(speed[way]),
-            least=min(speed[way]),
-            most=max(speed[way]),
-            cpu_ms_per_token=1e3 * cpu_s[way] / (rounds * tokens),
-            change_ratio=statistics.median(
-                mine / off for mine, off in zip(speed[way], speed["off"], strict=True)
-            )
-            - 1,
-            cpu_change_ratio=cpu_s[way] / cpu_s["off"] - 1,
-        )
-        for way in _WAYS
-    ]
-    return found, rows / tokens
-
-
-def _request(front: Front, ids: list[int], *, tokens: int, worker: str) -> float:
-    served = front.generate(ids, max_new_tokens=tokens, worker=worker)
-    return len(served.tokens) / (served.wall_ns / 1e9)
-
-
 # --- the telemetry actor ------------------------------------------------------------------------
 
 
@@ -179,7 +97,7 @@ def measure_actor(
 ) -> Actor:
     """Send rows to an actor of its own; `hung` makes the collector hang once it is connected."""
     import msgspec
-    import psutil
+    import psutil  # type: ignore[import-untyped] # it has no types
     import ray
 
     from hotset.actors.telemetry import TelemetrySpec, Totals
@@ -304,13 +222,13 @@ def measure(*, rounds: int, tokens: int, seconds: float, tell: Callable[[str], N
             try:
                 deployment.start()
                 deployment.wait_settled()
-                tell(f"{rounds} rounds of {len(_WAYS)} requests")
+                tell(f"{rounds} rounds of {len(WAYS)} requests")
                 found, rows = measure_tokens(deployment, collector, rounds=rounds, tokens=tokens)
             finally:
                 deployment.stop()
             actors = _actors(seconds=seconds, tell=tell)
     return Cost(
-        machine=_machine(), append_ns=appending, tokens=tuple(found), spans_per_token=rows,
+        machine=_machine(), append_ns=appending, tokens=found, spans_per_token=rows,
         actors=actors,
     )  # fmt: skip
 
@@ -348,22 +266,26 @@ def render(cost: Cost) -> str:
         ),
         "",
     ]
-    head = ("tracing", "tokens/s", "least", "most", "change", "CPU ms/token", "CPU change")
+    head = ("tracing", "tokens/s", "least", "most", "change", "95 %", "CPU ms/token", "change",
+            "95 %", "telemetry ms/token")  # fmt: skip
     lines += table(
         head,
         [
             (
                 one.way, f"{one.tokens_per_s:.1f}", f"{one.least:.1f}", f"{one.most:.1f}",
-                f"{one.change_ratio:+.1%}", f"{one.cpu_ms_per_token:.2f}",
-                f"{one.cpu_change_ratio:+.1%}",
+                *_spelled(one.change), f"{one.cpu_ms_per_token:.2f}", *_spelled(one.cpu_change),
+                f"{one.telemetry_ms_per_token:.2f}",
             )
             for one in cost.tokens
         ],
     )  # fmt: skip
     lines += [
         (
-            f"bound of the change: {CHANGE_BOUND:.0%}; change: median of the rounds; frozen: on, "
-            "and the collector does not answer"
+            f"a loss of less than {CHANGE_BOUND:.0%} of tokens a second: "
+            + ", ".join(
+                f"{one.way} {one.change.verdict}" for one in cost.tokens if one.way != "off"
+            )
+            + "; frozen: on, and the collector does not answer"
         ),
         "",
     ]
@@ -383,6 +305,10 @@ def render(cost: Cost) -> str:
     )  # fmt: skip
     lines.append(f"bound: {SPANS_PER_S:,} spans a second; rows == file, and sent + lost == rows")
     return "\n".join(lines)
+
+
+def _spelled(found: Change) -> tuple[str, str]:
+    return f"{found.ratio:+.1%}", f"{found.low:+.1%} to {found.high:+.1%}"
 
 
 @click.command("trace")
