@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hotset.policies.types import Command
+    from hotset.policies.wire import Reading
 
 MOST_QUARANTINED = 64  # abandoned transfers of one store; over it the process restarts
 
@@ -45,8 +46,8 @@ class StoreSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `link` is the emulated link that peers read it over. `token` is the run's: stores without it are
     not read, and cannot read over plain TCP or UCX. `formats`: payload bytes of the lossy formats
-    that the run may use beside int8. `packs`: blocks are held compressed without loss where that
-    makes reading them over the link faster.
+    that the run may use beside int8. `packs`: a pool holds blocks compressed without loss where
+    that makes reading them faster, and a worker tells what it would save.
     """
 
     run: str
@@ -157,13 +158,15 @@ class Assembly:
         self._telemetry: Any = None
         self.membership: Membership | None = None
 
-    def join(
+    def join(  # noqa: PLR0913 - what a store does with news, by keyword
         self,
         *,
         command: Callable[[Command], None],
         gauges: Callable[[], dict[str, float]],
         drained: Callable[[], None],
         events: Callable[[], list[Any]] = list,
+        readings: Callable[[], tuple[Reading, ...]] = tuple,
+        packing: Callable[[float], None] = lambda _gain: None,
     ) -> None:
         """Join the cluster; returns once the first directory is here."""
         self.membership = Membership(
@@ -178,6 +181,8 @@ class Assembly:
                 drained=drained,
                 fenced=_end_process,
                 beat=self._beat,
+                readings=readings,
+                packing=packing,
             ),
         )
         self.membership.start()

@@ -63,12 +63,14 @@ from hotset.policies.types import (
     Tier,
     Veto,
 )
+from hotset.policies.wire import shared_gain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from hotset.policies.story import StoryLine
     from hotset.policies.types import Copy
+    from hotset.policies.wire import Reading
     from hotset.transport.base import PeerInfo
 
 DEAD_AFTER_NS = 3_000_000_000
@@ -144,6 +146,7 @@ class _Seen:
     commands: dict[int, Command] = field(default_factory=dict)  # by number, until acknowledged
     command_seq: int = 0
     gauges: dict[str, float] = field(default_factory=dict)
+    readings: tuple[Reading, ...] = ()
 
 
 class ControlCore:
@@ -219,6 +222,7 @@ class ControlCore:
             return self._unknown()
         member.seen_ns = now_ns
         member.gauges = message.gauges
+        member.readings = message.readings
         for number in [n for n in member.commands if n <= message.commands_seen]:
             del member.commands[number]
         for packed in message.events:
@@ -413,6 +417,12 @@ class ControlCore:
             draining=member.draining,
             command_seq=member.command_seq,
             plan=self._plan_of(name) if plan_epoch != self._brain.plan_epoch else None,
+            packing_gain=shared_gain(
+                one
+                for other in self._members.values()
+                for one in other.readings
+                if one.source == name
+            ),
         )
 
     def _plan_of(self, name: str) -> WorkerPlan | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hotset.actors.observe import LinkSums
 from hotset.errors import HotsetError
@@ -45,6 +45,7 @@ _DEADLINE_FLOOR_NS = 2_000_000_000
 _DEADLINE_FACTOR = 10
 # Small blocks share a transfer; a larger batch would make its first block wait for its last.
 _BATCH_BYTES = 4 << 20
+_MOST_READS = 64  # blocks after which what was read before counts half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,13 @@ class Want:
     sources: list[Source] = field(default_factory=list)
 
 
+class ReadSums(NamedTuple):
+    """Reads of one source in one format: their blocks and time; older ones count for less."""
+
+    blocks: float = 0.0
+    ns: float = 0.0
+
+
 class Fetcher:
     """Starts reads, follows them through their sources, reports each block's end once."""
 
@@ -99,6 +107,7 @@ class Fetcher:
         self._checksums: dict[BlockId, int] = {}
         self.bytes_by_link: dict[str, int] = {}
         self.uses: dict[str, LinkSums] = {}
+        self.reads: dict[tuple[str, Format], ReadSums] = {}
         self._uses_lock = threading.Lock()
         self._posted_ns: dict[int, int] = {}  # of transfers in flight, by id
 
@@ -165,6 +174,7 @@ class Fetcher:
             busy_ns = outcome.wire_ns + outcome.verify_ns
             self._directory.cost(store).observe(nbytes=outcome.nbytes, elapsed_ns=busy_ns)
             self._note_use(store, outcome, demand=group[0].reason is Reason.DEMAND)
+            self._note_reads(store, group, busy_ns=busy_ns)
         for offset, (want, item) in enumerate(zip(group, outcome.items, strict=True)):
             transfer_id = outcome.transfer_id + offset
             self._learn(want, item)
@@ -185,6 +195,18 @@ class Fetcher:
                 busy_ns=old.busy_ns + outcome.wire_ns,
                 demand_ns=old.demand_ns + (outcome.wire_ns if demand else 0),
                 nbytes=old.nbytes + outcome.nbytes,
+            )
+
+    def _note_reads(self, store: str, group: list[Want], *, busy_ns: int) -> None:
+        forms = {_wire_format(want) for want in group}
+        if len(forms) > 1:
+            return  # their times cannot be told apart
+        key = (store, forms.pop())
+        with self._uses_lock:
+            old = self.reads.get(key, ReadSums())
+            fade = 0.5 if old.blocks > _MOST_READS else 1.0
+            self.reads[key] = ReadSums(
+                blocks=old.blocks * fade + len(group), ns=old.ns * fade + busy_ns
             )
 
     def _learn(self, want: Want, item: ItemResult) -> None:

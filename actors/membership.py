@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hotset.actors.directory import Directory
     from hotset.actors.store import Store
     from hotset.policies.types import Command, Event
+    from hotset.policies.wire import Reading
     from hotset.transport.engine import Engine
 
 HEARTBEAT_S = 0.2
@@ -85,6 +86,8 @@ class Callbacks:
     drained: Callable[[], None]
     fenced: Callable[[], None]
     beat: Callable[[], None]  # once a heartbeat: ship telemetry and the like
+    readings: Callable[[], tuple[Reading, ...]]  # what packed blocks would save here
+    packing: Callable[[float], None]  # what they would save the readers of this store
 
 
 class Membership:
@@ -212,6 +215,7 @@ class Membership:
             gauges=self._callbacks.gauges(),
             commands_seen=self._commands_seen,
             plan_epoch=self._directory.plan.epoch,
+            readings=self._callbacks.readings(),
         )
 
     def _take(self, reply: HeartbeatReply) -> None:
@@ -232,6 +236,8 @@ class Membership:
             if getattr(command, "epoch", epoch) <= epoch:
                 self._callbacks.command(command)
         self._commands_seen = reply.command_seq
+        if reply.packing_gain is not None:
+            self._callbacks.packing(reply.packing_gain)
         if reply.draining and not self._draining_told:
             self._draining_told = True
             self._callbacks.drained()

@@ -42,6 +42,7 @@ from hotset.policies.types import (
     Veto,
     WakeAt,
 )
+from hotset.policies.wire import Reading  # noqa: TC001 - msgspec reads annotations
 from hotset.transport.base import PeerInfo  # noqa: TC001 - msgspec reads annotations
 
 _EVENTS: dict[str, type[Any]] = {
@@ -93,6 +94,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     gauges: dict[str, float]
     commands_seen: int = 0
     plan_epoch: int = -1
+    readings: tuple[Reading, ...] = ()  # what packed blocks would save this reader
 
 
 class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +132,7 @@ class HeartbeatReply(Message, frozen=True, kw_only=True):
     draining: bool
     command_seq: int = 0
     plan: WorkerPlan | None = None  # only when the store does not know it yet
+    packing_gain: float | None = None  # what readers of this store measure, if any do
 
 
 class ExpertRows(msgspec.Struct, frozen=True, kw_only=True):

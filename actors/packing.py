@@ -1,8 +1,9 @@
 """Encodes blocks at a pool, once, so that every reader's link carries fewer bytes.
 
 Lossy copies that the controller asks for are made from full ones; lossless ones replace the full
-copy where that makes reading faster. The first block is encoded and decoded to see whether it
-does; `policies.wire` compares. Imports torch: pools that encode nothing do without this module.
+copy where that makes reading faster: as readers have measured, and before they have, by the profile
+of the link. Then the first block is encoded and decoded to see what that takes; `policies.wire`
+compares. Imports torch: pools that encode nothing do without this module.
 
 Must not know policy, Ray or engines.
 """
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
     from hotset.transport.base import LinkProfile
 
 _ROUNDS = 3
+
+
+def decode_ns(source: torch.Tensor, layout: BlockLayout) -> int:
+    """Time to decode a `bf16z` block: the median of some rounds after one that may compile."""
+    out = torch.empty(layout.nbytes, dtype=torch.uint8, device=source.device)
+    times = []
+    for _ in range(_ROUNDS + 1):
+        began_ns = time.perf_counter_ns()
+        codec(Format.BF16Z).decode(source, layout, out, verified=True)
+        times.append(time.perf_counter_ns() - began_ns)
+    return int(statistics.median(times[1:]))
 
 
 class Packer:
@@ -50,26 +62,19 @@ class Packer:
         codec(form).decode(source, self._layout, out, verified=True)
         return memoryview(out.numpy().data)
 
-    def pack(self, full: memoryview) -> memoryview | None:
-        """The block compressed without loss, None where that does not pay on this link."""
-        if self._link is None or self._pays is False:
+    def pack(self, full: memoryview, *, wanted: bool | None = None) -> memoryview | None:
+        """The block compressed without loss, None where that does not pay.
+
+        `wanted` is what readers have measured; None: nobody has, the link's profile decides.
+        """
+        if wanted is False or (wanted is None and (self._link is None or self._pays is False)):
             return None
         packed = self.encode(full, Format.BF16Z)
-        if self._pays is None:
-            self._pays = self._judge(full, packed, link=self._link)
-        return packed if self._pays and len(packed) < len(full) else None
-
-    def _judge(self, full: memoryview, packed: memoryview, *, link: LinkProfile) -> bool:
-        source = torch.frombuffer(packed, dtype=torch.uint8)
-        out = torch.empty(len(full), dtype=torch.uint8)
-        times = []
-        for _ in range(_ROUNDS + 1):  # the first may compile
-            began_ns = time.perf_counter_ns()
-            codec(Format.BF16Z).decode(source, self._layout, out, verified=True)
-            times.append(time.perf_counter_ns() - began_ns)
-        return packing_pays(
-            full_nbytes=len(full),
-            packed_nbytes=len(packed),
-            decode_ns=int(statistics.median(times[1:])),
-            link_bytes_per_s=link.bandwidth_bytes_per_s,
-        )
+        if wanted is None and self._link is not None and self._pays is None:
+            self._pays = packing_pays(
+                full_nbytes=len(full),
+                packed_nbytes=len(packed),
+                decode_ns=decode_ns(torch.frombuffer(packed, dtype=torch.uint8), self._layout),
+                link_bytes_per_s=self._link.bandwidth_bytes_per_s,
+            )
+        return packed if (wanted or self._pays) and len(packed) < len(full) else None

@@ -29,6 +29,7 @@ from hotset.policies.types import (
     Reason,
     StartTransfer,
 )
+from hotset.policies.wire import should_pack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,11 +56,13 @@ class PoolCore:
         nbytes: dict[Format, int],
         packer: Callable[[], Packer] | None = None,
         packs: bool = False,
+        by_profile: bool = True,
     ) -> None:
         """`nbytes` is the payload size of a block in each format that this pool may hold.
 
         `packer` makes the encoder when the first block is to be encoded; `packs` asks for
-        lossless packing. A pool that may encode keeps a slot free for it.
+        lossless packing where it pays, by `by_profile` until readers have measured. A pool that may
+        encode keeps a slot free for it.
         """
         self._store = store
         self._fetcher = fetcher
@@ -68,6 +71,8 @@ class PoolCore:
         self._make_packer = packer
         self._packer: Packer | None = None
         self._packs = packs
+        self._by_profile = by_profile
+        self._wanted: bool | None = None  # packed copies, as readers have measured
         self._queue: list[StartTransfer] = []
         self._flying: set[tuple[BlockId, Format]] = set()
         self._encoding = 0
@@ -97,6 +102,19 @@ class PoolCore:
                 self._drop(command)
             case _:
                 pass  # epochs and vetoes concern the directory and the story, not a pool
+
+    def readers_gain(self, gain: float) -> None:
+        """Readers have measured what packing saves (`policies.wire`): hold copies accordingly."""
+        wanted = should_pack(gain, packed=self._wanted is True)
+        if not self._packs or wanted is self._wanted:
+            return
+        self._wanted = wanted
+        form = Format.BF16 if wanted else Format.BF16Z
+        held = [copy for copy in self._store.copies() if copy.format is form]
+        with self._lock:
+            self._encoding += len(held)
+        for copy in held:
+            self._thread.submit(self._pack, copy.block, form, copy.nbytes)
 
     def _drop(self, command: DropCopy) -> None:
         """Drop a copy; a full one may meanwhile be a compressed one."""
@@ -201,10 +219,11 @@ class PoolCore:
         else:
             self._store.adopt(landing)
             self._store.unpin(landing.slot)
-            if self._packs and landing.format is Format.BF16:
+            packs = self._by_profile if self._wanted is None else self._wanted
+            if self._packs and packs and landing.format is Format.BF16:
                 with self._lock:
                     self._encoding += 1
-                self._thread.submit(self._pack, landing.block)
+                self._thread.submit(self._pack, landing.block, landing.format, landing.nbytes)
         self._pump()
 
     def _on_bench(self, landing: Landing, command: StartTransfer) -> None:
@@ -235,26 +254,31 @@ class PoolCore:
         self._leave_bench(landing.slot)
         self._ended(command, failure)
 
-    def _pack(self, block: BlockId) -> None:
-        """Hold the full copy compressed instead, if its link is slower than decoding."""
-        slot = self._store.pin(block, Format.BF16)
+    def _pack(self, block: BlockId, form: Format, nbytes: int) -> None:
+        """Hold a lossless copy in the other lossless form, if reading it is then faster."""
+        slot = self._store.pin(block, form)
         if slot is not None:
-            self._swap(block, slot)
+            self._swap(block, slot, form, nbytes=nbytes)
         with self._lock:
             self._encoding -= 1
 
-    def _swap(self, block: BlockId, slot: Slot) -> None:
+    def _swap(self, block: BlockId, slot: Slot, form: Format, *, nbytes: int) -> None:
         slab = self._store.slab
+        into = Format.BF16 if form is Format.BF16Z else Format.BF16Z
         try:
-            payload = self._coder().pack(slab.read_payload(slot, self._nbytes[Format.BF16]))
+            source = slab.read_payload(slot, nbytes)
+            if into is Format.BF16Z:
+                payload = self._coder().pack(source, wanted=self._wanted)
+            else:
+                payload = self._coder().unpack(source, form)
         except HotsetError:
             payload = None
         slab.unpin(slot)
-        if payload is None or not self._store.drop(block, Format.BF16, reason=Reason.DEMOTE):
+        if payload is None or not self._store.drop(block, form, reason=Reason.DEMOTE):
             return
         place = slab.allocate(len(payload))
         if place is not None:  # else a transfer was faster, and the controller asks again
-            self._store.fill(place, payload, block=block, fmt=Format.BF16Z)
+            self._store.fill(place, payload, block=block, fmt=into)
 
     def _full(self, slot: Slot, form: Format, *, nbytes: int) -> memoryview:
         payload = self._store.slab.read_payload(slot, nbytes)

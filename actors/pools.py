@@ -34,17 +34,21 @@ class MemoryPool:
             nbytes=self._spec.payload_nbytes(self._parts.catalog.block_nbytes),
             packer=self._packer,
             packs=self._spec.packs,
+            by_profile=self._spec.tier == Tier.CXL,
         )
         self._parts.join(
             command=self._core.command,
             gauges=lambda: {"pending": self._core.pending},
             drained=lambda: None,
+            packing=self._core.readers_gain,
         )
 
     def _packer(self) -> Packer:
         from hotset.actors.packing import Packer  # imports torch: only a pool that encodes does
 
-        return Packer(self._parts.catalog.layout, link=self._spec.link)
+        # A host pool's readers are near or far: what its link gives, only they can say.
+        told = self._spec.tier == Tier.CXL
+        return Packer(self._parts.catalog.layout, link=self._spec.link if told else None)
 
     def __repr__(self) -> str:
         """What the Ray dashboard shows beside each log line."""

@@ -43,6 +43,7 @@ from hotset.actors.tokenpath import PathConfig, TokenPath
 from hotset.actors.tracecontext import child_of, parse
 from hotset.actors.uses import Uses
 from hotset.actors.weights import WeightViews
+from hotset.actors.wiremeter import WireMeter
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.generate import TokenStream, generate
 from hotset.blocks.hf import import_model_code, load_skeleton
@@ -182,6 +183,10 @@ class GPUWorker:
             ),
         )
         self._observer = Observer(self._path, layers=catalog.layers, record=self._spec.record)
+        self._wire = WireMeter(
+            catalog=catalog, fetcher=self._parts.fetcher, directory=self._parts.directory,
+            device=device,
+        )  # fmt: skip
         self._requests = 0
         self._canary = self._live_check(views) if self._spec.live_check else None
         self._skeleton.bind(self._canary or self._observer)
@@ -195,6 +200,7 @@ class GPUWorker:
             gauges=self._gauges,
             drained=self._drained.set,
             events=self._events,
+            readings=self._wire.readings if self._spec.store.packs else tuple,
         )
 
     def __repr__(self) -> str:

@@ -24,6 +24,7 @@ from hotset.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from hotset.blocks.sensitivity_stats import KLSummary
@@ -96,8 +97,12 @@ def run_bench(  # noqa: PLR0913 - one option each
     tokens: int,
     rounds: int,
     say: Callable[[str], None],
+    on: AbstractContextManager[object] | None = None,
 ) -> Equal:
-    """Run both sides in turns and measure the drift. Raises HotsetError."""
+    """Run both sides in turns and measure the drift. Raises HotsetError.
+
+    `on` is held meanwhile: a cluster that is there already; without it one is started and ended.
+    """
     quiet_environment()
     from hotset.cluster.launch import plan_nodes, prepare
     from hotset.cluster.serve import encode_prompt, load_tokenizer, new_run_id
@@ -117,7 +122,7 @@ def run_bench(  # noqa: PLR0913 - one option each
     tokenizer = load_tokenizer(str(model))
     prompts = [encode_prompt(tokenizer, text) for text in PROMPTS]
     sides = {name: Side(name=name, hbm_bytes=run.sizes.hbm_bytes) for name, run in runs.items()}
-    with local_cluster(plan_nodes(configs["bf16"]), say=say):
+    with on or local_cluster(plan_nodes(configs["bf16"]), say=say):
         try:
             for name, run in runs.items():
                 say(f"starting the run in {name}")

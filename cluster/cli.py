@@ -85,6 +85,7 @@ _CLUSTER_OPTIONS = (
     click.option("--host-pools", type=int, default=1, show_default=True),
     click.option("--host-ratio", type=float, default=0.5, show_default=True,
                  help="share of all experts that the host pools hold together"),
+    click.option("--host-profile", help="emulated link of host pools, as of another node's"),
     click.option("--cxl-pools", type=int, default=1, show_default=True),
     click.option("--cxl-ratio", type=float, default=1.0, show_default=True),
     click.option("--cxl-profile", default="cxl2x8", show_default=True, help="emulated link"),
@@ -113,7 +114,7 @@ _CLUSTER_OPTIONS = (
                       "0.002 with --sensitivity; 0 is exact mode"),
     click.option("--wire", default="auto", show_default=True,
                  help="auto: blocks cross a link that is slower than decoding compressed without "
-                      "loss; bf16: never"),
+                      "loss, as its readers measure it; bf16: never"),
     click.option("--floor", "floors", multiple=True, callback=_floors, metavar="LAYER:FORMAT",
                  help="precision floor of one layer; may be given several times"),
     click.option("--mode", default="active", show_default=True,

@@ -28,7 +28,7 @@ PROFILES: dict[str, LinkProfile] = {
     "eth1g": LinkProfile(bandwidth_bytes_per_s=125_000_000, latency_ns=50_000, emulated=True),
     "roce400": LinkProfile(bandwidth_bytes_per_s=45_000_000_000, latency_ns=3_000, emulated=True),
 }
-"""Links that the CXL pool can be given. A pool cannot be faster than this machine's memory."""
+"""Links that a pool can be given. A pool cannot be faster than this machine's memory."""
 
 
 Floor = Literal["bf16", "fp8", "int8", "nf4", "int4", "int3", "int2"]
@@ -45,6 +45,7 @@ class RunConfig(BaseModel):
     hbm_bytes: int | None = Field(default=None, gt=0)
     host_pools: int = Field(default=1, ge=0, le=64)
     host_ratio: float = Field(default=0.5, gt=0, le=1)
+    host_profile: str | None = None
     cxl_pools: int = Field(default=1, ge=0, le=64)
     cxl_ratio: float = Field(default=1.0, gt=0, le=1)
     cxl_profile: str = "cxl2x8"
@@ -92,11 +93,12 @@ class RunConfig(BaseModel):
                 f"policy {config.policy!r} is unknown or for replays only",
                 remedy=f"choose one of {', '.join(LIVE_POLICIES)}",
             )
-        if config.cxl_profile not in PROFILES:
-            raise ConfigError(
-                f"profile {config.cxl_profile!r} is unknown",
-                remedy=f"choose one of {', '.join(PROFILES)}",
-            )
+        for profile in (config.cxl_profile, config.host_profile):
+            if profile is not None and profile not in PROFILES:
+                raise ConfigError(
+                    f"profile {profile!r} is unknown",
+                    remedy=f"choose one of {', '.join(PROFILES)}",
+                )
         if config.quality_budget and config.sensitivity is None:
             raise ConfigError(
                 f"a quality budget of {config.quality_budget} nats needs measured sensitivity",

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from hotset.actors.quality import QualitySpec
     from hotset.blocks.checkpoint import Catalog
+    from hotset.transport.base import LinkProfile
 
 START_S = 180.0
 CALL_S = 20.0
@@ -220,14 +221,20 @@ class Deployment:
             capacity_bytes=capacity,
             reduced_nbytes=_reduced_nbytes(self.catalog),
             formats=planned_formats(self.quality),
-            packs=tier is Tier.CXL and self.config.wire == "auto",
+            packs=self.config.wire == "auto",
             bases=self.quality.bases if self.quality else "",
             telemetry=self._telemetry_for(node),
             device=self.config.device if tier is Tier.HBM else "cpu",
-            link=PROFILES[self.config.cxl_profile] if tier is Tier.CXL else None,
+            link=self._link(tier),
             transport=self.config.transport,
             token=self.token,
         )
+
+    def _link(self, tier: Tier) -> LinkProfile | None:
+        """The emulated link that readers of a store take."""
+        profiles = {Tier.CXL: self.config.cxl_profile, Tier.HOST: self.config.host_profile}
+        profile = profiles.get(tier)
+        return PROFILES[profile] if profile else None
 
     def _start_pool(self, name: str, *, tier: Tier, node: str) -> None:
         kind = "cxl" if tier is Tier.CXL else "host"
@@ -342,12 +349,17 @@ def _emulated(config: RunConfig) -> tuple[str, ...]:
     said = []
     if config.device == "cpu":
         said.append("hbm: a byte budget in host memory, no GPU")
-    if config.cxl_pools:
-        link = PROFILES[config.cxl_profile]
-        said.append(
-            f"cxl: host memory of another process, paced to "
-            f"{link.bandwidth_bytes_per_s / 1e9:g} GB/s and {link.latency_ns} ns"
-        )
+    links = {
+        "host": config.host_profile if config.host_pools else None,
+        "cxl": config.cxl_profile if config.cxl_pools else None,
+    }
+    for tier, profile in links.items():
+        if profile:
+            link = PROFILES[profile]
+            said.append(
+                f"{tier}: host memory of another process, paced to "
+                f"{link.bandwidth_bytes_per_s / 1e9:g} GB/s and {link.latency_ns} ns"
+            )
     return tuple(said)
 
 

@@ -25,6 +25,8 @@ from hotset.transport.storage import StorageReader
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from hotset.transport.base import LinkProfile
+
 DEADLINE_S = 20.0
 
 
@@ -41,6 +43,7 @@ class Node:
         tier: Tier = Tier.HBM,
         incarnation: int = 1,
         formats: tuple[Format, ...] = (Format.INT8,),
+        link: LinkProfile | None = None,
     ) -> None:
         self.catalog = catalog
         self.reduced_nbytes = codec(Format.INT8).nbytes(catalog.layout)
@@ -55,7 +58,7 @@ class Node:
         )
         self.engine = Engine(
             slab=self.slab, backend=LoopbackBackend(network), ring=Ring(), name=name,
-            incarnation=incarnation, storage=StorageReader(), describe=Catalog.describe,
+            incarnation=incarnation, storage=StorageReader(), describe=Catalog.describe, link=link,
         )  # fmt: skip
         self.engine.start()
         info = StoreInfo(

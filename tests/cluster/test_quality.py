@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.formats import codec
 from hotset.blocks.sensitivity_table import VERSION, SensitivityTable, write_table
+from hotset.cluster.bench_equal import run_bench as run_equal
+from hotset.cluster.bench_equal_command import render
 from hotset.cluster.config import RunConfig
 from hotset.cluster.front import Front
 from hotset.cluster.inspect import live_story
@@ -112,7 +116,8 @@ def test_a_run_holds_blocks_by_the_plan_and_serves(
             cheap = {name: set(forms) - {"bf16", "bf16z"} for name, forms in stores.items()}
             return stores if cheap["worker-0"] and cheap["host-0"] else None
 
-        stores = eventually(held, deadline_s=90, what="cheap copies at a worker and in a pool")
+        stores = held()  # the pools are filled, and nothing was served yet
+        assert stores is not None, "formats are chosen when the run starts"
         slots = deployment.sizes.hbm_bytes // deployment.sizes.slot_bytes
         assert max(sum(stores[name].values()) for name in deployment.workers) > slots
         for prompt in prompts(3):
@@ -153,3 +158,52 @@ def test_exact_mode_over_a_slow_link_moves_packed_bytes_and_keeps_the_tokens(
         held = {one["name"]: set(one["blocks"]) for one in deployment.status()["stores"]}
         assert held["worker-0"] <= {"bf16", "bf16z"}
         assert_sound(deployment)
+
+
+@pytest.mark.ray
+@pytest.mark.nixl
+def test_a_slow_link_without_a_profile_packs_once_its_reader_has_measured_it(
+    cluster: LocalCluster, tmp_path: Path, expected: Callable[..., Any]
+) -> None:
+    assert cluster.address
+    asked = prompts(2, seed=43)
+    # A host pool is told nothing of the link that it is read over; here that is 1 Gb/s.
+    options = {"hbm_ratio": 0.25, "host_profile": "eth1g", "host_ratio": 1.0, "cxl_pools": 0}
+    with deployed(DEMO, tmp_path, workers=1, move="weights", **options) as deployment:
+
+        def forms() -> set[str]:
+            stores = {one["name"]: one["blocks"] for one in deployment.status()["stores"]}
+            return set(stores["host-0"])
+
+        eventually(lambda: forms() == {"bf16"}, deadline_s=90, what="a filled pool")
+        front = Front(deployment)
+
+        def packed() -> bool:
+            # Storage is faster here, so only the reads that look again measure the pool.
+            front.generate(asked[0], max_new_tokens=TOKENS)
+            return forms() == {"bf16z"}
+
+        eventually(packed, deadline_s=120, what="a pool of packed blocks")
+        for prompt, wanted in zip(asked, expected(DEMO, asked, count=TOKENS), strict=True):
+            assert front.generate(prompt, max_new_tokens=TOKENS).tokens == wanted
+        assert_sound(deployment)
+
+
+@pytest.mark.ray
+@pytest.mark.nixl
+def test_both_sides_run_on_equal_bytes_and_the_drift_is_measured(
+    cluster: LocalCluster, table: Path
+) -> None:
+    found = run_equal(
+        DEMO, sensitivity=table, budget_nats=0.002, hbm_ratio=0.3, host_ratio=0.5,
+        cxl_profile="cxl2x8", transport="nixl", tokens=8, rounds=1, say=lambda _text: None,
+        on=nullcontext(cluster),
+    )  # fmt: skip
+    assert found.full.hbm_bytes == found.mixed.hbm_bytes == found.hbm_bytes
+    assert set(found.full.held) <= {"bf16", "bf16z"}
+    assert sum(found.mixed.held.values()) > sum(found.full.held.values())
+    assert found.mixed.bits_per_weight < found.full.bits_per_weight == 16.0
+    assert found.drift.tokens == found.tokens == 32
+    assert found.inside == (found.drift.upper <= found.budget_nats)
+    assert json.loads(json.dumps(found.to_json()))["budget_nats"] == 0.002
+    assert "budget 0.002" in render(found)
