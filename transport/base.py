@@ -31,6 +31,10 @@ there. `stripe` lets all of them send pieces at once. `follow` reads a slot that
 arriving, as far as it has come; `stream` lets others follow this one. So a hot block travels down a
 chain of stores while its source sends it once (`multicast.py`).
 
+**Faults.** A library may break in the thread that serves peers, and then nobody can read this store
+(`fault`). Its own reads go on and end as ever; whoever runs it lets it leave soon and come back as
+a new incarnation.
+
 **Idempotent:** `connect` with the same info, `disconnect`, `close`, and every read: content is
 immutable, so a read that is repeated lands the same bytes.
 
@@ -313,6 +317,11 @@ class Backend(ABC):
     """Wakes the owner, from any thread. Set by the engine before `register`."""
     error_grace_ns: int = 0
     """How long after an ERROR the slots of a post are kept from reuse."""
+
+    @property
+    def fault(self) -> str:
+        """'' while peers can read this store; else why they cannot, until a new process does."""
+        return ""
 
     def copies_in_call(self, peer: str) -> bool:  # noqa: ARG002 - most backends copy on their own
         """Whether posts to `peer` are DONE when they return."""

@@ -235,6 +235,14 @@ class Engine:
         return self._submit(STORAGE, items, deadline_ns, trace, parent, reason, priority)
 
     @property
+    def fault(self) -> str:
+        """'' while peers can read this store, else why only a new process can mend that.
+
+        Its own reads go on. Close it soon; `close` then returns False.
+        """
+        return "" if self._backend is None else self._backend.fault
+
+    @property
     def in_flight(self) -> int:
         """Tickets that have not ended."""
         return len(self._mover.jobs)
@@ -393,6 +401,7 @@ class Engine:
             return
         try:
             self._driver = threading.get_ident()
+            self._take_messages()  # a lone small read ends in it
             while not ticket.done and self._turn() == 0:
                 pass
         except Exception as error:  # noqa: BLE001 - as in `_run`, which raises it
@@ -415,12 +424,15 @@ class Engine:
 
     def _turn(self) -> int | None:
         """Do what was asked and what is due; returns as `Mover.step`. With the turn's lock held."""
+        self._take_messages()
+        return self._mover.step()
+
+    def _take_messages(self) -> None:
         if self._fault is not None:
             raise self._fault
         inbox = self._inbox
         while not inbox.empty():
             inbox.get_nowait()()
-        return self._mover.step()
 
     def _wind_down(self, *, timeout_ns: int) -> bool:
         deadline = time.monotonic_ns() + timeout_ns
@@ -434,7 +446,7 @@ class Engine:
             return False
         if self._backend is not None:
             self._backend.close()
-        return True
+        return not self.fault
 
     def _run_verifier(self) -> None:
         while (work := self._to_verify.get()) is not None:

@@ -4,6 +4,9 @@ One agent makes the slab readable to peers (`nixl_agent.py`), one or two others 
 (`nixl_lane.py`); the second is made when it is first of use. It must not know what reads
 are for.
 
+UCX may abort in the thread that serves reads; then it is parked (`abort_guard.py`), and `fault`
+says so: what it was reading goes on, nobody can read it.
+
 Invariants: an older incarnation never replaces a newer one; handles are unique over all lanes.
 """
 
@@ -14,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from hotset.errors import DependencyError, PeerGoneError, TransportError
+from hotset.transport.abort_guard import ABORT_GUARD, NewThreads, thread_name
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -33,7 +37,9 @@ if TYPE_CHECKING:
 
     from hotset.transport.slab import Slab
 
+_UCX_ASYNC = "async"  # UCX's thread for events of all agents: not the one that answers reads
 _log = logging.getLogger(__name__)
+_parked: list[Any] = []  # agents whose thread sleeps for good: to destroy one would wait for it
 
 
 class NixlBackend(Backend):
@@ -47,6 +53,7 @@ class NixlBackend(Backend):
         self._slab: Slab | None = None
         self._nixl: Any = None
         self._agent: Any = None
+        self._server = 0  # the thread that answers reads over TCP
         self._peers: dict[str, PeerInfo] = {}
         self._lanes: list[Lane] = []
         self._reads: dict[int, Read] = {}
@@ -67,9 +74,22 @@ class NixlBackend(Backend):
             raise registered_twice()
         self._nixl = load_bindings(device=slab.device)
         name = agent_name(slab.name, slab.incarnation)
-        self._agent = make_agent(self._nixl, name, slab, is_read=True)
+        with NewThreads() as threads:
+            self._agent = make_agent(self._nixl, name, slab, is_read=True)
+        found = [thread for thread in threads.found if thread_name(thread) != _UCX_ASYNC]
+        if len(found) == 1 and ABORT_GUARD.watch(found[0]):
+            self._server = found[0]
         self._lanes = [Lane(self._nixl, slab, number=0)]
         self._slab = slab
+
+    @property
+    def fault(self) -> str:
+        """'' while peers can read this store."""
+        if self._server and ABORT_GUARD.is_parked(self._server):
+            return (
+                "UCX aborted in the thread that serves reads: nobody can read this store any more"
+            )
+        return ""
 
     def info(self, *, name: str, incarnation: int) -> PeerInfo:
         """Describe this side to peers. Raises TransportError before `register`."""
@@ -141,4 +161,6 @@ class NixlBackend(Backend):
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
+        if self.fault:
+            _parked.append(self._agent)
         self._agent = None

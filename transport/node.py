@@ -74,6 +74,11 @@ class NodeBackend(Backend):
             self._shm.register(slab)
         self._description = describe(slab)
 
+    @property
+    def fault(self) -> str:
+        """'' while peers of other hosts can read this store."""
+        return self._nixl.fault
+
     def info(self, *, name: str, incarnation: int) -> PeerInfo:
         """Describe this side for either way."""
         info = self._nixl.info(name=name, incarnation=incarnation)

@@ -45,7 +45,11 @@ def _settle(pair: Pair, result: Round) -> None:
 
 def _after(pair: Pair, result: Round) -> Round:
     """A further read is good, and what was reused is still untouched, now and a round later."""
-    result.wrong += pair.good(tries=3 if pair.writes and pair.lab else 1)
+    wrong = pair.good(tries=3 if pair.writes and pair.lab else 1)
+    if wrong and pair.source.call("fault"):
+        result.statuses.append("parked")
+        wrong = pair.renew_source() + pair.good()
+    result.wrong += wrong
     pair.sink.call("paint")
     result.wrong += pair.sink.call("check")
     result.wrong += [f"source: {text}" for text in pair.source.call("check")]

@@ -73,6 +73,8 @@ def run_cell(pair: Pair, name: str, event: Event, *, rounds: int, warm: int = WA
     for _ in range(rounds):
         cell.add(event.do(pair))
     for store, pid in pids.items():
+        if getattr(pair, store).pid != pid:  # UCX's abort was survived, and a new process came
+            continue
         cell.growth[store] = footprint(pid).since(before[store][0])
         leak = leaked(cell.growth[store], rounds=rounds)
         if leak and warm:  # what the first round takes, it keeps

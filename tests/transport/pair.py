@@ -131,6 +131,14 @@ class Pair:
         wrong = "" if code == -signal.SIGKILL else f"the killed {name} ended with {code}"
         return self.meet() or wrong
 
+    def renew_source(self) -> list[str]:
+        """Do what a supervisor does when the source says that nobody can read it any more."""
+        self.source.send("leave")
+        code = self.source.exit_code()
+        self.source = self._start("source").ready()
+        error = self.meet()
+        return [f"the source left with {code}"] * (code != 0) + [error] * bool(error)
+
     def refresh(self) -> None:
         """Ask the source for its present copies."""
         self.source.info, self.source.copies, _ = self.source.call("describe")

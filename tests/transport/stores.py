@@ -160,6 +160,14 @@ class Hands:
             generation=header.generation, incarnation=header.incarnation,
         )  # fmt: skip
 
+    def fault(self) -> str:
+        """'' while others can read this store."""
+        return self.engine.fault
+
+    def leave(self) -> None:
+        """End as a store does that only a new process can mend."""
+        os._exit(0)
+
     def reuse(self, seed: int) -> None:
         """Give every copy's memory to another block, the last one first."""
         old = self.slots

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 pytestmark = pytest.mark.slow
-UCX_ABORTS = "UCX aborts the source when a reader dies in the middle of a read, once in 100 kills"
 
 
 def _param(kind: str) -> object:
@@ -40,12 +39,8 @@ def pairs(kind: str, request: pytest.FixtureRequest) -> Iterator[list[Pair]]:
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_every_end_is_typed_in_time_and_harms_nobody(
-    pairs: list[Pair], event: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_end_is_typed_in_time_and_harms_nobody(pairs: list[Pair], event: str) -> None:
     pair = pairs[0]
-    if (pair.kind, event) == ("nixl-tcp", "destination killed"):
-        request.applymarker(pytest.mark.xfail(reason=UCX_ABORTS, strict=False))
     if not EVENTS[event].fits(pair.kind, writes=pair.writes):
         pytest.skip("this event makes no sense here")
     try:
