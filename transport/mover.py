@@ -131,7 +131,6 @@ class Mover:
         job.results = [None] * job.open_tracks
         job.tracks = tracks = []
         self.jobs[job.ticket] = job
-        self._fresh.append(job)
         if not job.items:
             self.job_ended(job)
             return
@@ -144,7 +143,11 @@ class Mover:
                 if item.follow or item.stream or item.stripe:
                     self._queue(track)
                     continue
+                if len(job.items) == 1 and self._post_at_once(link, track):
+                    continue
             link.push(track)
+        if job.open_tracks:
+            self._fresh.append(job)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a ticket as CANCELLED; nothing happens when it has ended."""
@@ -201,7 +204,7 @@ class Mover:
         self._expire(now)  # first: what is late is not posted
         link = self._links.next(now)
         if link is not None:
-            self._post(link)
+            self._post(link, link.pop())
         ended = self._flights.poll()
         ended |= self._backend is not None and self._in_call.take_back()
         for job in self._fresh:
@@ -223,8 +226,10 @@ class Mover:
         return self._rest(now)
 
     def _expire(self, now: int) -> None:
-        fresh = [job for job in self._fresh if job.deadline_ns <= now]
-        while (late := fresh.pop() if fresh else self._deadlines.late(now)) is not None:
+        for job in self._fresh:
+            if job.deadline_ns <= now:
+                self._give_up(job, Status.TIMED_OUT, "the deadline passed")
+        while (late := self._deadlines.late(now)) is not None:
             self._give_up(late, Status.TIMED_OUT, "the deadline passed")
 
     def _rest(self, now: int) -> int | None:
@@ -255,9 +260,23 @@ class Mover:
         for name in names:
             self._links.get(name).push(track)
 
-    def _post(self, link: Link) -> None:
+    def _post_at_once(self, link: Link, track: Track) -> bool:
+        """Post what nothing else competes with: it need not queue."""
+        now = time.monotonic_ns()
+        if (
+            link.pacers
+            or not self._flights.empty
+            or track.job.deadline_ns <= now
+            or self._links.has_queued()
+        ):
+            return False
+        self._post(link, track)
+        self._flights.last_progress_ns = now
+        self._flights.poll()
+        return True
+
+    def _post(self, link: Link, track: Track) -> None:
         link.in_call = self._backend is not None and self._backend.copies_in_call(link.name)
-        track = link.pop()
         if link.is_files:
             self._post_files(link, link.pop_group(track))
         elif isinstance(track.item, FileItem):
@@ -266,13 +285,20 @@ class Mover:
             self._lose(track, link.name, Status.FAILED, error)
             self._links.forget_if_idle(link)
         elif link.is_small(track):
-            group = [t for t in link.pop_group(track) if t is track or self._check_range(t, link)]
-            job, nbytes = track.job, sum(t.item.expect.nbytes for t in group)
-            post = Post(link=link, tracks=group, nbytes=nbytes, priority=job.priority)
-            post.more = (len(job.items) - group[-1].index - 1) * track.slot_bytes if group else 0
-            self._send(post)
+            self._send(self._group(link, track))
         else:
             self._post_piece(link, track)
+
+    def _group(self, link: Link, track: Track) -> Post:
+        """A post of small slots of one ticket."""
+        job, nbytes = track.job, track.item.expect.nbytes
+        if len(job.items) == 1:
+            return Post(link=link, tracks=[track], nbytes=nbytes, priority=job.priority)
+        group = [t for t in link.pop_group(track) if t is track or self._check_range(t, link)]
+        nbytes = sum(t.item.expect.nbytes for t in group)
+        post = Post(link=link, tracks=group, nbytes=nbytes, priority=job.priority)
+        post.more = (len(job.items) - group[-1].index - 1) * track.slot_bytes
+        return post
 
     def _check_range(self, track: Track, link: Link) -> bool:
         """Whether it lies in the peer's slab; a bad one fails alone."""
@@ -320,8 +346,6 @@ class Mover:
         return [post.span] if post.end else spans(post.tracks, post.link.name)
 
     def _send(self, post: Post) -> None:
-        if not post.tracks:
-            return
         assert self._backend is not None  # noqa: S101 - checked
         link, job = post.link, post.tracks[0].job
         post.posted_ns = time.monotonic_ns()
@@ -396,7 +420,8 @@ class Mover:
         """Nothing of a post can land any more."""
         if post.cell >= 0:
             self._looks.put_back(post)
-        self._links.forget_if_idle(post.link)
+        if post.link.peer is None:
+            self._links.forget_if_idle(post.link)
 
     # --- failures ---------------------------------------------------------------------------------
 

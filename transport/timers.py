@@ -67,5 +67,7 @@ class Deadlines:
 
     def late(self, now_ns: int) -> Job | None:
         """Take out a job that runs and whose deadline has passed."""
+        if not self._heap or self._heap[0][0] > now_ns:
+            return None
         due = self.next_ns()
         return heapq.heappop(self._heap)[2] if due is not None and due <= now_ns else None
