@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hotset.transport.slab import Slab
 
-WORTH_BYTES: Final = 1 << 20  # of one call: less is done before two threads get in each other's way
+WORTH_BYTES: Final = 2 << 20  # of one call: for less, the call costs more than the GIL
 NO_HASH: Final = -1
 
 _log = logging.getLogger(__name__)
