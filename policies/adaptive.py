@@ -22,7 +22,7 @@ little left to choose; what helps is to stream the next layer's in time, so more
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from hotset.policies.charge import Sample, StageCharges
 from hotset.policies.config import ResidencyConfig
 from hotset.policies.device import DeviceShape, DeviceTable, Resident
 from hotset.policies.foresight import Path, StagedPredictor
+from hotset.policies.foresight_kernels import exp32_numpy, foresee, warm
 from hotset.policies.loadbudget import LoadBudget
 from hotset.policies.plan import LayerPlan, UseChances, sort_needs
 from hotset.policies.types import Format, Reason
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from hotset.policies.charge import Charge
 
 _NOTHING = float("inf")
+_NOTHING32 = np.float32(np.inf)
 _FAR_WEIGHT = np.float32(1.0 / 60.0)
 """Odds of use a pass from now, against odds of use within a few layers: a pass is 16 to 60 layers
 long. A thirtieth of it gives the same figures; three times as much costs 8 % at batch 8."""
@@ -53,23 +55,6 @@ _ACCOUNT_EVERY = 8
 """One pass in so many is looked at for the predictors' accounts."""
 _USE_FADE = 0.08
 """Weight of the newest pass in `expected_use`, a half-life of about eight passes."""
-
-
-class _Sight(NamedTuple):
-    """The part of the arrays by flat index that a visit gives new estimates."""
-
-    value: NDArray[np.float32]
-    held: NDArray[np.float32]
-    rank: NDArray[np.float32]
-    far: NDArray[np.float32]
-
-
-class _Above(NamedTuple):
-    """Candidates of a layer ahead."""
-
-    layer: int
-    near: NDArray[np.float32]
-    places: list[int]
 
 
 class DeviceResidency(DeviceTable):
@@ -86,6 +71,7 @@ class DeviceResidency(DeviceTable):
     ) -> None:
         """Start empty; without a `predictor` of others (of this shape and depth) also ignorant."""
         super().__init__(shape)
+        warm()
         self.config = config = config or ResidencyConfig()
         rows, size = len(shape.layers), shape.num_experts
         self.predictor = predictor or StagedPredictor(
@@ -101,17 +87,11 @@ class DeviceResidency(DeviceTable):
         self._value_of = self._far.copy()
         self._absent = np.ones(rows * size, dtype=np.bool_)
         self._recent_use = np.zeros(rows * size, dtype=np.float32)
-        # Views are made once: slicing anew at each visit costs more than the arithmetic.
-        self._far_of = [self._far[row * size : (row + 1) * size] for row in range(rows)]
-        self._look_ahead()
-        self._absent_of = [self._absent[row * size : (row + 1) * size] for row in range(rows)]
+        self._found = np.empty(rows * size, dtype=np.int64)
+        self._alone = np.empty(0, dtype=np.float32)
         self._paths: dict[int, Path] = {}
         self._usual = 0.0
         self._floor = 0.0
-        # Arrays, because numpy takes longer to convert a number than to multiply by it.
-        self._far_weight = np.full(size, _FAR_WEIGHT)
-        self._bar = np.zeros((), dtype=np.float32)
-        self._mask = np.empty(size, dtype=np.bool_)
         self._most = config.prefetch_per_layer
         self._ahead = 1
         self._least_odds = 0.0
@@ -123,15 +103,6 @@ class DeviceResidency(DeviceTable):
         self._loads = 0.0  # of a pass: of this one, and the usual
         self._usual_loads = 0.0
         self.steer(0.0)
-
-    def _look_ahead(self) -> None:
-        """Views of the rows that a visit gives new estimates."""
-        size, depth = self.num_experts, self.predictor.depth
-        arrays = (self._value_of, self._held, self._rank, self._far)
-        self._sight = [
-            _Sight(*(values[row * size : (row + depth + 1) * size] for values in arrays))
-            for row in range(self._rows)
-        ]
 
     # --- what others tell -------------------------------------------------------------------
 
@@ -201,22 +172,20 @@ class DeviceResidency(DeviceTable):
         row = base // self.num_experts
         plan = sort_needs(self, base, experts=experts, counts=counts)
         self.budget.routed(row, experts)
-        now = np.array(experts, dtype=np.intp)
-        odds = self._foresee(row, now=now, request=request)
-        if self._most and self.predictor.depth and self._least_odds < _NOTHING:
-            self._propose(row, odds=odds, into=plan.prefetch)
+        self._foresee(row, experts, request=request, into=plan.prefetch)
         loads = len(plan.missing) + len(plan.prefetch)
         self.budget.loaded(loads)
         self._loads += loads
         return plan
 
-    def _foresee(self, row: int, *, now: NDArray[np.intp], request: int) -> NDArray[np.float32]:
-        """Learn from the visit and give every copy of the rows in sight its new value."""
+    def _foresee(
+        self, row: int, experts: Sequence[int], *, request: int, into: list[tuple[int, int]]
+    ) -> None:
+        """Learn from the visit, give every copy of the rows in sight its new value, and propose."""
         if row == 0 and self._resize >= 0:
             self.predictor.resize(self._resize)
             self._resize = -1
             self._paths.clear()
-            self._look_ahead()
             self._ahead = min(self._ahead, max(1, self.predictor.depth))
         path = self._paths.get(request)
         if path is None:
@@ -224,39 +193,48 @@ class DeviceResidency(DeviceTable):
                 del self._paths[next(iter(self._paths))]
             path = self._paths[request] = self.predictor.begin()
         predictor = self.predictor
-        odds = predictor.visit(path, row, now)
-        size = self.num_experts
-        own = odds[:size]
-        own *= self._far_weight
-        self._far_of[row][...] = own if len(self._paths) == 1 else self._joint(row)
-        if row + predictor.depth < self._rows:
-            value, held, rank, far = self._sight[row]
-            np.add(far, odds, out=value)
-            np.multiply(value, held, out=rank)
-        else:
-            self._revalue_behind_the_last(row, odds)
-        count = len(now)
+        now = np.array(experts, dtype=np.int64)
+        scale = predictor.enter(path, row, now)
+        proposes = self._most and predictor.depth and self._least_odds < _NOTHING
+        count = foresee(
+            predictor.weights, predictor.base, path.logits, path.seen[1], predictor.odds, now,
+            self._alone if len(self._paths) == 1 else self._of_others(path, row),
+            self._far, self._value_of, self._held, self._rank, self._absent,
+            self._found, row, scale, _FAR_WEIGHT, self._ahead if proposes else 0, self._most,
+            self._prefetch_bar() if proposes else _NOTHING32,
+        )  # fmt: skip
+        if count:
+            self._propose(row, count, into=into)
+        used = len(now)
         if row == self._rows - 1:
-            self._end_pass(path, learn=count <= _USUAL_RATIO * self._usual)
+            self._end_pass(path, learn=used <= _USUAL_RATIO * self._usual)
         # Up slowly, down at once: one prefill must not pass for the usual.
         usual = self._usual
-        self._usual = count if count < usual or not usual else usual + 0.02 * (count - usual)
-        return odds
+        self._usual = used if used < usual or not usual else usual + 0.02 * (used - usual)
 
-    def _revalue_behind_the_last(self, row: int, odds: NDArray[np.float32]) -> None:
-        size = self.num_experts
-        for distance in range(self.predictor.depth + 1):
-            first = (row + distance) % self._rows * size
-            part = slice(first, first + size)
-            near = odds[distance * size : (distance + 1) * size]
-            np.add(self._far[part], near, out=self._value_of[part])
-            np.multiply(self._value_of[part], self._held[part], out=self._rank[part])
-
-    def _joint(self, row: int) -> NDArray[np.float32]:
-        """Odds that any of several requests needs an expert of the row: about their sum."""
-        logs = [np.minimum(path.far[row], np.float32(15.0)) for path in self._paths.values()]
-        joint: NDArray[np.float32] = np.exp(np.array(logs)).sum(axis=0) * _FAR_WEIGHT
+    def _of_others(self, mine: Path, row: int) -> NDArray[np.float32]:
+        """Odds that any of the other requests needs an expert of the row: about their sum."""
+        logs = [path.far[row] for path in self._paths.values() if path is not mine]
+        joint: NDArray[np.float32] = exp32_numpy(np.array(logs)).sum(axis=0) * _FAR_WEIGHT
         return joint
+
+    def _prefetch_bar(self) -> np.float32:
+        """Odds that a prefetch must beat."""
+        bar = max(self._least_odds, self.budget.bar)
+        if self._floor > bar and self.used_bytes + self.full_nbytes > self.capacity_bytes:
+            bar = self._floor
+        return np.float32(bar)
+
+    def _propose(self, row: int, count: int, *, into: list[tuple[int, int]]) -> None:
+        """Append the `count` candidates found for the rows ahead, likeliest first."""
+        size, rows, layers = self.num_experts, self._rows, self.layers
+        columns = self._found[:count].tolist()
+        if count > 1:
+            columns.sort(key=self.predictor.odds.item, reverse=True)
+            del columns[self._most :]
+        for column in columns:
+            distance, expert = divmod(column, size)
+            into.append((layers[(row + distance) % rows], expert))
 
     def _end_pass(self, path: Path, *, learn: bool) -> None:
         used = self.predictor.finish_pass(path, learn=learn)
@@ -286,37 +264,6 @@ class DeviceResidency(DeviceTable):
         )
         if depth != predictor.depth:
             self._resize = depth
-
-    def _propose(self, row: int, *, odds: NDArray[np.float32], into: list[tuple[int, int]]) -> None:
-        """Append what is worth fetching for the rows ahead, likeliest first."""
-        bar = max(self._least_odds, self.budget.bar)
-        if self._floor > bar and self.used_bytes + self.full_nbytes > self.capacity_bytes:
-            bar = self._floor
-        self._bar[()] = bar
-        if self._ahead == 1:
-            layer, near, places = self._above(row, 1, odds=odds)
-            if len(places) > 1:
-                places.sort(key=near.item, reverse=True)
-                del places[self._most :]
-            into += [(layer, place) for place in places]
-            return
-        found: list[tuple[float, int, int]] = []
-        for distance in range(1, self._ahead + 1):
-            layer, near, places = self._above(row, distance, odds=odds)
-            found += [(near.item(place), layer, place) for place in places]
-            if len(found) >= self._most:
-                break
-        found.sort(reverse=True)
-        into += [(layer, expert) for _, layer, expert in found[: self._most]]
-
-    def _above(self, row: int, distance: int, *, odds: NDArray[np.float32]) -> _Above:
-        """Return the absent blocks of the row so far ahead whose odds beat the bar."""
-        target = (row + distance) % self._rows
-        size, mask = self.num_experts, self._mask
-        near = odds[distance * size : (distance + 1) * size]
-        np.greater(near, self._bar, out=mask)
-        mask &= self._absent_of[target]
-        return _Above(self.layers[target], near, mask.nonzero()[0].tolist())
 
     def victim(
         self, want_bytes: int, *, needed: Collection[tuple[int, int]] = ()

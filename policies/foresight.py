@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hotset.policies import foresight_kernels as kernels
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,10 +41,6 @@ _RARE = np.float32(0.02)
 """Smallest popularity that is told apart from never."""
 _CENTRE = np.float32(2.0)
 """Moves the logarithm of usual popularities to about 0, so that weights and bias do not fight."""
-_TOP = np.float32(15.0)
-"""Largest log-odds: a certainty of 3e-7 off one, and no overflow."""
-_USUAL_EXPERTS = 16
-"""Visits of at most as many experts find room for their weights made."""
 _PRIOR_SELF = 1.0
 """Before anything is learnt: an expert that was used is likelier to be used again."""
 _PRIOR_POPULARITY = 0.3
@@ -51,14 +49,12 @@ _PRIOR_POPULARITY = 0.3
 class Path:
     """One request's way through the layers: estimates made and experts seen, for two passes.
 
-    Views by row are made once: slicing anew at each visit costs more than the arithmetic. `ahead`
-    holds the rows from `rows` on, which are the next pass's first ones, so that the rows in sight
-    of a visit always lie together.
+    `logits` has the rows from `rows` on, which are the next pass's first ones, once more behind the
+    last, so that the rows in sight of a visit always lie together.
     """
 
     __slots__ = (
-        "beyond", "clean", "far", "logits", "now", "passes", "places", "row", "scale", "seen",
-        "sight", "stages", "truth",
+        "clean", "far", "logits", "now", "passes", "places", "row", "scale", "seen", "truth",
     )  # fmt: skip
 
     def __init__(self, *, rows: int, size: int, depth: int, base: Floats) -> None:
@@ -68,15 +64,10 @@ class Path:
         self.passes = 0
         self.logits = np.concatenate([base.reshape(-1), base.reshape(-1)[: depth * size]])
         self.far = [self.logits[row * size : (row + 1) * size] for row in range(rows)]
-        self.sight = [self.logits[row * size : (row + depth + 1) * size] for row in range(rows)]
-        self.beyond = [
-            self.logits[(rows + row) * size : (rows + row + 1) * size] for row in range(depth)
-        ]
         self.seen: list[Floats] = [np.zeros((rows, (depth + 1) * size), np.float32) for _ in "ab"]
-        self.stages: list[list[Floats]] = [[one[row] for row in range(rows)] for one in self.seen]
         none = np.empty(0, dtype=np.intp)
         self.now: list[NDArray[np.intp]] = [none] * rows
-        self.scale = [[np.float32(1.0)] * rows for _ in "ab"]
+        self.scale = [np.ones(rows, dtype=np.float32) for _ in "ab"]
         self.places: list[NDArray[np.intp]] = [none, none]
         self.truth = np.zeros((2, rows, size), dtype=np.float32)
 
@@ -96,7 +87,7 @@ class StagedPredictor:
         self.clock: Callable[[], int] | None = None
         """Times the stages for their account; None: nobody asks."""
         self.learn_ns = self.age_ns = 0
-        self._rate = rate
+        self._rate = np.float32(rate)
         weights = np.zeros((rows, size, (depth + 1) * size), dtype=np.float32)
         diagonal = np.arange(size)
         weights[:, diagonal, diagonal] = _PRIOR_SELF
@@ -110,31 +101,21 @@ class StagedPredictor:
         self._rise = np.float32(1.0) - self._fade
         self._popular = np.log(self._uses + _RARE) + _CENTRE
         self._base: Floats = np.empty_like(self._bias)
-        self._base_of = [self._base[row] for row in range(rows)]
         self._rebase()
-        # n experts count 1 / sqrt(n) each, as a vector for the product with their weights.
-        self._scales = [
-            np.full(count, 1.0 / max(1, count) ** 0.5, dtype=np.float32)
-            for count in range(size + 1)
-        ]
+        # n experts count 1 / sqrt(n) each.
+        self.scales = [np.float32(1.0 / max(1, count) ** 0.5) for count in range(size + 1)]
         self._first_of_row = np.arange(rows, dtype=np.intp) * size
 
     def _use(self, weights: Floats) -> None:
-        """Views of the weights, and room for what a visit computes: made once, not each time."""
-        rows, size, width = weights.shape
-        self._weights = weights
-        self._flat = weights.reshape(rows * size, width)
-        self._of_row = [weights[row] for row in range(rows)]
-        self._odds = np.empty(width, dtype=np.float32)
-        self._told = np.empty(width, dtype=np.float32)
-        self._top = np.full(width, _TOP)
-        self._taken = [np.empty((count, width), np.float32) for count in range(_USUAL_EXPERTS + 1)]
+        """Take these weights, and make room for what a visit computes."""
+        self.weights = weights
+        self.odds = np.empty(weights.shape[2], dtype=np.float32)
 
     def resize(self, depth: int) -> None:
         """Refine estimates on `depth` rows from now on; paths begun before are of no use."""
         width = (depth + 1) * self.size
-        if self._weights is not self._kept:
-            self._kept[:, :, : self._weights.shape[2]] = self._weights
+        if self.weights is not self._kept:
+            self._kept[:, :, : self.weights.shape[2]] = self.weights
         self.depth = depth
         whole = width == self._kept.shape[2]
         self._use(self._kept if whole else np.ascontiguousarray(self._kept[:, :, :width]))
@@ -143,33 +124,35 @@ class StagedPredictor:
         """Start a request: its first estimates come from popularity alone."""
         return Path(rows=self.rows, size=self.size, depth=self.depth, base=self._base)
 
+    @property
+    def base(self) -> Floats:
+        """First estimates, [L, E]."""
+        return self._base
+
     def visit(self, path: Path, row: int, now: NDArray[np.intp]) -> Floats:
         """`path`'s request needs the distinct experts `now` at `row`; return odds p / (1 - p).
 
         Shape [(depth + 1) * E]: of the next visit of `row` itself, then of the rows after it.
         The array is reused by the next call.
         """
+        scale = self.enter(path, row, now)
+        kernels.visit(
+            self.weights, self._base, path.logits, path.seen[1], self.odds, now, row,
+            len(self.odds), scale,
+        )  # fmt: skip
+        return self.odds
+
+    def enter(self, path: Path, row: int, now: NDArray[np.intp]) -> np.float32:
+        """Note the visit without the arithmetic, which the caller does at once; return its scale.
+
+        For a caller that has more to compute: see `foresight_kernels.foresee`.
+        """
         if row != path.row + 1:
             self._turn(path, row)
         path.row = row
-        count = len(now)
-        scales = self._scales[count]
-        if count < len(self._taken):
-            taken = self._of_row[row].take(now, axis=0, out=self._taken[count], mode="clip")
-        else:
-            taken = self._of_row[row].take(now, axis=0)
-        far = path.far[row]
-        far[...] = self._base_of[row]
-        estimate = path.sight[row]
-        estimate += scales.dot(taken, out=self._told)
-        if row < self.depth:
-            path.beyond[row][...] = far
-        path.stages[1][row][...] = estimate
         path.now[row] = now
-        path.scale[1][row] = scales[0]
-        odds = self._odds
-        np.minimum(estimate, self._top, out=odds)
-        return np.exp(odds, out=odds)
+        scale = path.scale[1][row] = self.scales[len(now)]
+        return scale
 
     def _turn(self, path: Path, row: int) -> None:
         """Start a pass, or go on behind a gap: what was seen before it is no cause of this."""
@@ -203,32 +186,16 @@ class StagedPredictor:
                 self.learn_ns = learnt - began
                 self.age_ns = self.clock() - learnt if self.clock else 0
         path.seen.reverse()
-        path.stages.reverse()
         path.scale.reverse()
         path.places.reverse()
         path.truth[0] = truth
         return places
 
     def _learn(self, path: Path) -> None:
-        rows, size, depth = self.rows, self.size, self.depth
-        truth = path.truth
-        wrong = np.negative(path.seen[0])
-        np.minimum(wrong, _TOP, out=wrong)
-        np.exp(wrong, out=wrong)
-        wrong += np.float32(1.0)
-        np.divide(np.float32(-1.0), wrong, out=wrong)
-        wrong[:, :size] += truth[1]
-        if depth:
-            # Row r is followed by r + 1, r + 2, ...: windows of one array in memory.
-            follow = np.lib.stride_tricks.sliding_window_view(truth.reshape(-1), depth * size)
-            wrong[:, size:] += follow[size : (rows + 1) * size : size]
-        far = wrong[:, :size]
-        self._bias += np.float32(self._rate / 24.0) * far
-        gain = (self._popular * far).sum(axis=2, keepdims=True)
-        self._share += np.float32(self._rate / 240.0) * gain
-        wrong *= np.array(path.scale[0], dtype=np.float32)[:, None] * np.float32(self._rate)
-        places = path.places[0]
-        self._flat[places] += wrong.take(places // size, axis=0)
+        kernels.learn(
+            self.weights, self._bias, self._share, self._popular, path.seen[0], path.truth,
+            path.places[0], path.scale[0], self._rate,
+        )  # fmt: skip
 
     def _age(self, path: Path) -> None:
         """Let old uses fade, and make the first estimates anew."""
@@ -278,17 +245,14 @@ class StagedPredictor:
 
         A visit's arithmetic is done once more with and without its widest stage.
         """
-        width, size = self._weights.shape[2], self.size
-        now = path.now[0]
-        taken = self._of_row[0].take(now, axis=0)
-        scales = self._scales[len(now)]
+        width, size = len(self.odds), self.size
+        logits, stages = path.logits.copy(), path.seen[1].copy()
+        odds, now = self.odds.copy(), path.now[0]
+        scale = self.scales[len(now)]
 
         def visit(width: int) -> int:
             began = clock()
-            odds = scales.dot(taken[:, :width].copy())
-            odds += self._odds[:width]
-            np.minimum(odds, self._top[:width], out=odds)
-            np.exp(odds, out=odds)
+            kernels.visit(self.weights, self._base, logits, stages, odds, now, 0, width, scale)
             return clock() - began
 
         visit(width)  # warm

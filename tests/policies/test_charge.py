@@ -118,7 +118,7 @@ def test_a_narrowed_predictor_learns_on_and_remembers_what_is_off() -> None:
     predictor.resize(1)
     predictor.resize(3)
     assert np.array_equal(predictor._kept, before)
-    assert predictor.begin().sight[0].shape == ((3 + 1) * EXPERTS,)
+    assert predictor.begin().seen[0].shape == (policy._rows, (3 + 1) * EXPERTS)
 
 
 def test_accounts_travel_as_gauges() -> None:
