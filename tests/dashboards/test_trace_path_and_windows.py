@@ -4,74 +4,24 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.actors.clock import ClockOffset
 from hotset.actors.kinds import ControlKind
-from hotset.actors.spans import RowBatch, SpanWriter
 from hotset.dashboards.critical import KINDS, critical_path, walk
 from hotset.dashboards.intervals import union
 from hotset.dashboards.trace import analyze, load
 from hotset.dashboards.trace_html import render_html, stall_bins
 from hotset.dashboards.trace_text import render_text, to_json
-from hotset.policies.types import Tier
-from hotset.transport.records import NO_NAME, ROW, Code, Kind
+from hotset.transport.records import Code, Kind
+from tests.dashboards.rows import DEMAND, NAMES, PREFETCH, STORES, Event, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-STORES = {"worker-0": Tier.HBM, "worker-1": Tier.HBM, "host-0": Tier.HOST}
-NAMES = (*STORES, "storage", "demand", "prefetch", "stage")
-DEMAND, PREFETCH = NAMES.index("demand"), NAMES.index("prefetch")
-T0 = 1_790_000_000_000_000_000
-
-
-class Event(NamedTuple):
-    """One row in short; `source` and `reason` index NAMES."""
-
-    store: str
-    kind: int
-    start: int
-    length: int
-    source: int = NO_NAME
-    waits_for: int = 0
-    parent: int = 0
-    nbytes: int = 0
-    used: int = 0
-    reason: int = NO_NAME
-    phases: tuple[int, int, int] = (0, 0, 0)
-    layer: int = 0
-    index: int = 0
-    request: int = 1
-    code: int = 0
-
-
-def write_run(folder: Path, events: list[Event], **batch: Any) -> Path:
-    writer = SpanWriter(folder / "trace-n0.jsonl", node="n0", run="r1")
-    writer.encoder.clock = ClockOffset(offset_ns=-1500, error_ns=700)
-    for store, tier in STORES.items():
-        mine = [(number, one) for number, one in enumerate(events, 1) if one.store == store]
-        rows = np.zeros(len(mine), ROW)
-        for row, (number, one) in zip(rows, mine, strict=True):
-            row["row_id"], row["kind"], row["code"] = number, one.kind, one.code
-            row["source"], row["waits_for"], row["used"] = one.source, one.waits_for, one.used
-            row["parent"], row["reason"], row["nbytes"] = one.parent, one.reason, one.nbytes
-            row["queue_ns"], row["wire_ns"], row["verify_ns"] = one.phases
-            row["layer"], row["index"], row["trace_lo"] = one.layer, one.index, one.request
-            row["start_ns"], row["end_ns"] = T0 + one.start, T0 + one.start + one.length
-        writer.write(
-            RowBatch(
-                store=store, tier=tier, rows=rows.tobytes(), names=NAMES, tiers=STORES, **batch
-            )
-        )
-    writer.close()
-    return folder
-
 
 events = st.lists(
     st.builds(
