@@ -3,17 +3,19 @@
 Decides how a price is measured. Must not know the requests that are simulated with them.
 
 A decode step's compute is its time without its waits. A line through compute and transfers of all
-calibrating steps gives compute without fetching and what each fetch adds. Each read is a sample:
-from asking until compute could use it, and how much of that compute was busy with other experts. A
-read that was in time says no more than that compute was busy until then. Samples are kept, not
-means: waits come from the slow reads, and what slows a read slows the compute beside it.
+calibrating steps gives compute without fetching and what each fetch adds. A layer's reads are a
+measured visit: for each, from asking until compute could use it, and how much of that compute was
+busy with other experts. Visits are kept whole, not means of reads: waits come from the slow reads,
+what slows one read slows its companions and the compute beside it, and blocks of one layer travel
+in one transfer. From which tier a read came is part of the visit, so the live directory's choice
+among sources, which follows measured prices, enters as it was.
 
 Steps of more than ten times the median were interrupted from outside and count nowhere.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +25,7 @@ from hotset.actors import names
 from hotset.errors import ClusterError
 from hotset.policies.linkmodel import LinkSpec
 from hotset.policies.outlook import GUESSES
-from hotset.policies.simspec import ReadSample, TierSpec
+from hotset.policies.simspec import MeasuredVisit, ReadSample, TierSpec
 from hotset.policies.types import BlockId, Reason, Tier
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 10
 """A step of this many medians is no step of the model but a pause of the machine."""
-_NEVER = 1 << 62
 _FILLS = (Reason.WARM, Reason.JOINED, Reason.STAGE)
 
 
@@ -46,6 +47,7 @@ class Prices:
     """What layers, reads and waits take; see `ClusterSpec`. `layer_ns` is the mean over layers."""
 
     tiers: dict[Tier, TierSpec]
+    visits: tuple[MeasuredVisit, ...]
     layer_ns: int
     fetch_ns: int
     dispatch_ns: int
@@ -76,13 +78,12 @@ class Steps:
 
 
 class _Read(NamedTuple):
-    """A read's way, from asking: until compute could use it, and until compute had to wait."""
+    """A read of a layer: when compute could use it and was free for it, from asking."""
 
+    visit: tuple[int, int]  # step and layer
     tier: str
     nbytes: int
-    took_ns: int
-    cover_ns: int
-    here: int  # experts of its layer that were resident
+    sample: ReadSample
 
 
 def requests_of(spans: Spans) -> list[int]:
@@ -107,8 +108,8 @@ def steps_of(spans: Spans, requests: Iterable[int]) -> Steps:
     return Steps(steps=steps, waits=waits, interrupted=int((~whole).sum()))
 
 
-def prices_of(  # noqa: PLR0913 - what the trace does not say of itself
-    spans: Spans, found: Steps, *, worker: str, layers: int, top_k: int, seen: Sequence[Tier]
+def prices_of(
+    spans: Spans, found: Steps, *, worker: str, layers: int, seen: Sequence[Tier]
 ) -> Prices:
     """Measure. `seen` are the tiers of the cluster; one that was never read is the last choice."""
     rows = spans.table
@@ -124,8 +125,10 @@ def prices_of(  # noqa: PLR0913 - what the trace does not say of itself
         & spans.where("name", names.SPAN_DISPATCH.name)
         & np.isin(rows["parent"], found.steps["span_id"])
     ]
+    samples = _samples(spans, found, reads)
     return Prices(
-        tiers=_tiers(_samples(spans, found, reads, top_k=top_k), seen=seen),
+        tiers=_tiers(samples, seen=seen),
+        visits=_visits(samples),
         layer_ns=max(1, base_ns // layers),
         fetch_ns=fetch_ns,
         dispatch_ns=int(np.median(_spans_ns(sent))) if len(sent) else 0,
@@ -170,58 +173,52 @@ def _line(found: Steps, reads: Rows) -> tuple[int, int]:
     return int(compute.mean() - slope * count.mean()), int(slope)
 
 
-def _samples(spans: Spans, found: Steps, reads: Rows, *, top_k: int) -> list[_Read]:
+def _samples(spans: Spans, found: Steps, reads: Rows) -> list[_Read]:
     """Demand reads of the steps, with what compute did meanwhile."""
     demand = spans.table["span_id"][spans.where("reason", Reason.DEMAND.value)]
     reads = reads[np.isin(reads["span_id"], demand)]
     uses = spans.table[spans.where("name", names.SPAN_USE.name)]
     landed = dict(zip(uses["link"].tolist(), uses["start_ns"].tolist(), strict=True))
-    ended = dict(zip(found.waits["link"].tolist(), found.waits["end_ns"].tolist(), strict=True))
-    first_wait: dict[tuple[int, int], int] = {}
-    for wait in found.waits:
-        key = int(wait["parent"]), int(wait["layer"])
-        first_wait[key] = min(first_wait.get(key, _NEVER), int(wait["start_ns"]))
-    blocks = Counter((int(read["parent"]), int(read["layer"])) for read in reads)
+    waited = {int(wait["link"]): wait for wait in found.waits}
     samples = []
     for read in reads:
-        key, span, asked_ns = (
-            (int(read["parent"]), int(read["layer"])), int(read["span_id"]), int(read["start_ns"])
-        )  # fmt: skip
-        until_ns = ended.get(span) or landed.get(span)
+        span, asked_ns = int(read["span_id"]), int(read["start_ns"])
+        wait = waited.get(span)
+        until_ns = landed.get(span) if wait is None else int(wait["end_ns"])
         if until_ns is None:  # never read: its row waits for the block's drop
             continue
         took_ns = until_ns - asked_ns
+        cover_ns = took_ns if wait is None else int(wait["start_ns"]) - asked_ns
         samples.append(
             _Read(
+                visit=(int(read["parent"]), int(read["layer"])),
                 tier=spans.tiers.get(spans.names[read["source"]], "storage"),
                 nbytes=int(read["nbytes"]),
-                took_ns=took_ns,
-                cover_ns=min(took_ns, max(0, first_wait.get(key, _NEVER) - asked_ns)),
-                here=max(0, top_k - blocks[key]),
+                sample=ReadSample(took_ns, max(0, cover_ns)),
             )
         )
     return samples
 
 
+def _visits(samples: Sequence[_Read]) -> tuple[MeasuredVisit, ...]:
+    """Reads of one layer of one step belong together, in the order of their landing."""
+    found: dict[tuple[int, int], list[ReadSample]] = defaultdict(list)
+    for read in samples:
+        found[read.visit].append(read.sample)
+    return tuple(tuple(sorted(reads)) for reads in found.values())
+
+
 def _tiers(samples: Sequence[_Read], *, seen: Sequence[Tier]) -> dict[Tier, TierSpec]:
+    """Prices by which sources compete; one that was never read is the last choice."""
     tiers: dict[Tier, TierSpec] = {}
-    slowest_ns = max((read.took_ns for read in samples), default=0)
+    slowest_ns = max((read.sample.took_ns for read in samples), default=0)
     for tier in seen:
-        rate = GUESSES[tier].bandwidth_bytes_per_s
-        link = LinkSpec(bandwidth_bytes_per_s=rate, latency_ns=0)
-        mine = [read for read in samples if read.tier == tier.name.lower()]
-        if not mine:  # the directory could have chosen it, and never did
-            tiers[tier] = TierSpec(link=link, overhead_ns=slowest_ns)
-            continue
-        beside_link = [max(0, read.took_ns - link.transfer_ns(read.nbytes)) for read in mine]
-        kept = [
-            (read.here, ReadSample(overhead_ns, read.cover_ns))
-            for read, overhead_ns in zip(mine, beside_link, strict=True)
+        link = LinkSpec(bandwidth_bytes_per_s=GUESSES[tier].bandwidth_bytes_per_s, latency_ns=0)
+        beside_link = [
+            max(0, read.sample.took_ns - link.transfer_ns(read.nbytes))
+            for read in samples
+            if read.tier == tier.name.lower()
         ]
-        tiers[tier] = TierSpec(
-            link=link,
-            overhead_ns=int(np.mean(beside_link)),
-            alone=tuple(read for here, read in kept if not here),
-            beside=tuple(read for here, read in kept if here),
-        )
+        overhead_ns = int(np.mean(beside_link)) if beside_link else slowest_ns
+        tiers[tier] = TierSpec(link=link, overhead_ns=overhead_ns)
     return tiers

@@ -159,7 +159,7 @@ def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
-    default=4,
+    default=8,
     show_default=True,
     help="calibrating and tested requests of a run, in turns",
 )
@@ -195,3 +195,58 @@ def bench_simulate_command(
     if runs > 1:
         click.echo(f"{render(found)}\n\nmedians\n")
     click.echo(render(medians(found)))
+
+
+@click.command("policies")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Hugging Face directory of a Mixture-of-Experts model; default: the demo model",
+)
+@click.option(
+    "--policies",
+    default="hotset,lru,load-on-demand",
+    show_default=True,
+    metavar="NAME,...",
+    help="residency policies; the first is held against the others",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=8),
+    default=64,
+    show_default=True,
+    help="tokens of each request",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="requests of each policy, in turns, after one to warm up",
+)
+@click.option(
+    "--hbm-ratio",
+    type=float,
+    default=0.3,
+    show_default=True,
+    help="share of all experts that one worker's fast memory holds",
+)
+@json_option()
+def bench_policies_command(  # noqa: PLR0913 - one option each
+    *, model: Path | None, policies: str, tokens: int, rounds: int, hbm_ratio: float, as_json: bool
+) -> None:
+    """Stall and step time of live runs under several policies, served in turns."""
+    from dataclasses import asdict
+
+    from hotset.cluster.bench_policies import render, run_bench
+    from hotset.cluster.cli import DEMO_MODEL
+
+    found = run_bench(
+        [name.strip() for name in policies.split(",")],
+        model=model or DEMO_MODEL,
+        tokens=tokens,
+        rounds=rounds,
+        options={"hbm_ratio": hbm_ratio},
+        say=silent if as_json else say,
+    )
+    click.echo(json.dumps(asdict(found)) if as_json else render(found))

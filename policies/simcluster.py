@@ -16,6 +16,7 @@ from hotset.policies.brain import ClusterBrain
 from hotset.policies.schedule import LinkSchedule, ScheduleConfig, service_of
 from hotset.policies.simspec import (
     ClusterSpec,
+    MeasuredVisit,
     SimFlight,
     SimScore,
     SimWorker,
@@ -33,6 +34,8 @@ from hotset.policies.types import (
     CopyLanded,
     DropCopy,
     Format,
+    PlanDecision,
+    PublishEpoch,
     Reason,
     StartTransfer,
     State,
@@ -137,6 +140,10 @@ class SimCluster:
         self._warm = True
         self._brings = any(store.holds for store in spec.stores)
         self._draws = 0
+        self._kept: dict[str, frozenset[tuple[int, int]]] = {}  # by the plan in force
+        self._visits: dict[int, list[MeasuredVisit]] = {}
+        for visit in spec.visits:
+            self._visits.setdefault(len(visit), []).append(visit)
         self._workers = {
             store.name: SimWorker(
                 store.name, policies(store), visits[store.name], usual=_usual(visits[store.name])
@@ -157,7 +164,7 @@ class SimCluster:
     ) -> None:
         self._serial += 1
         number = self._serial
-        overhead_ns = self._overhead_ns(source, reason, worker)
+        overhead_ns = self._overhead_ns(source, flat, worker=worker)
         self._flights[number] = SimFlight(reader, flat, source, reason, overhead_ns)
         if worker is not None:
             worker.coming[flat] = number
@@ -175,23 +182,26 @@ class SimCluster:
                 at_ns = landing.at_ns + flight.overhead_ns
                 self._at(max(self.now_ns, at_ns), "landed", landing.key)
 
-    def _overhead_ns(self, source: str, reason: Reason, worker: SimWorker | None) -> int:
-        """What this read takes beside the link: reads of one layer and tier land together."""
-        tier = self._sources[source].tier
-        spec = self.spec.tiers[tier]
-        if worker is None or reason is not Reason.DEMAND:
-            reads = spec.beside or spec.alone
+    def _overhead_ns(self, name: str, flat: int, *, worker: SimWorker | None) -> int:
+        """What this read takes beside the link. Measured reads have waited for all there was."""
+        source = self._sources[name]
+        if worker is None or not self._visits:
+            return source.overhead_ns
+        if flat in worker.waiting and worker.drawn:
+            read = worker.drawn[min(worker.fetches, len(worker.drawn)) - 1]
+            worker.covers[flat] = worker.began_ns + read.cover_ns
         else:
-            reads = (spec.beside or spec.alone) if worker.here else (spec.alone or spec.beside)
-        if not reads:
-            return spec.overhead_ns
-        read = worker.drawn.get(tier) if worker is not None and reason is Reason.DEMAND else None
-        if read is None:
-            self._draws += 1
-            read = reads[_mix(self.spec.seed, self._draws) % len(reads)]
-            if worker is not None and reason is Reason.DEMAND:
-                worker.drawn[tier] = read
-        return read.overhead_ns
+            read = self._draw(1)[0]
+        return max(0, read.took_ns - source.wire_ns * (1 + len(source.link)))
+
+    def _draw(self, reads: int) -> MeasuredVisit:
+        """One of the measured visits of as many reads, or of the nearest number."""
+        visits = self._visits.get(reads)
+        if visits is None:
+            nearest = min(self._visits, key=lambda count: (abs(count - reads), count))
+            visits = self._visits[reads] = self._visits[nearest]
+        self._draws += 1
+        return visits[_mix(self.spec.seed, self._draws) % len(visits)]
 
     def _run_link(self, name: str) -> None:
         if self._wakes.get(name) == self.now_ns:
@@ -261,6 +271,14 @@ class SimCluster:
                 return self._fill(command)
             case StartTransfer():
                 self._start(command)
+            case PublishEpoch():
+                self._kept = {
+                    name: frozenset((block.layer, block.index) for block in self.brain.keeps(name))
+                    for name in self._workers
+                }
+            case PlanDecision():
+                self.score.plans += command.reason is Reason.REBALANCE
+                self.score.plans_refused += command.reason is not Reason.REBALANCE
             case CancelTransfer():
                 return self._cancel(command)
             case DropCopy() if command.store not in self._workers:
@@ -287,23 +305,39 @@ class SimCluster:
         )
 
     def _start(self, command: StartTransfer) -> None:
-        flat = self._flat(command.block)
+        block, flat = command.block, self._flat(command.block)
         worker = self._workers.get(command.store)
-        state = (
-            worker.policy.state(command.block.layer, command.block.index)
-            if worker is not None
-            else State.STORED
-        )
-        if worker is not None and (
-            state not in {State.STORED, State.STAGED}
-            or not worker.policy.room(worker.policy.nbytes(Format.BF16))
-        ):
-            return  # it manages its own memory: the claim runs out
         if worker is not None:
-            worker.policy.in_flight(command.block.layer, command.block.index, reason=Reason.WARM)
+            policy = worker.policy
+            if policy.state(block.layer, block.index) not in {State.STORED, State.STAGED}:
+                return
+            if command.reason is Reason.REPLICATE:  # a plan's copies make room for themselves
+                if not self._claim(worker, flat, command.reason):
+                    return
+            elif policy.room(policy.nbytes(Format.BF16)):
+                policy.in_flight(block.layer, block.index, reason=Reason.WARM)
+            else:
+                return  # it manages its own memory: the claim runs out
         first = command.sources[0]
         source = f"{STORAGE}@{self._specs[command.store].node}" if first == STORAGE else first
         self._send(command.store, flat, source, reason=command.reason, worker=worker)
+
+    def _claim(self, worker: SimWorker, flat: int, reason: Reason) -> bool:
+        """Make room for a block on its way; what a plan has promised to others stays."""
+        policy = worker.policy
+        layer, expert = self._block(flat)
+        want_bytes = policy.nbytes(Format.BF16)
+        while not policy.room(want_bytes):
+            victim = policy.victim(want_bytes)
+            kept = self._kept.get(worker.name, frozenset())
+            if victim is not None and (victim.layer, victim.expert) in kept:
+                victim = policy.victim(want_bytes, needed=kept)
+            if victim is None:
+                return False
+            policy.dropped(victim.layer, victim.expert)
+            self._dropped(worker.name, BlockId(victim.layer, victim.expert), Reason.EVICT)
+        policy.in_flight(layer, expert, reason=reason)
+        return True
 
     def _cancel(self, command: CancelTransfer) -> list[Command]:
         flat = self._flat(command.block)

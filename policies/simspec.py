@@ -21,29 +21,26 @@ if TYPE_CHECKING:
 
 
 class ReadSample(NamedTuple):
-    """A measured read: from asking until compute could use it, beside the time on the link.
+    """A measured read of a visit: from asking until compute could use it.
 
     Until `cover_ns` after asking compute had something else to do; both are of one read, because
-    what slows the one slows the other.
+    what slows the one slows the other. A read that was in time has covered all of it.
     """
 
-    overhead_ns: int
+    took_ns: int
     cover_ns: int
+
+
+MeasuredVisit = tuple[ReadSample, ...]
+"""The demand reads of one layer of one step, in the order in which they landed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSpec:
-    """A tier's link, and what a read of it costs beside the link.
-
-    `alone` and `beside` are measured reads, of which those of one layer draw one (by the seed of
-    the cluster): `alone` where none of the layer's experts was here, `beside` where some were.
-    Without them every read takes `overhead_ns`, which is also the price by which sources compete.
-    """
+    """A tier's link, and what a read of it costs beside the link."""
 
     link: LinkSpec
     overhead_ns: int = 0
-    alone: tuple[ReadSample, ...] = ()
-    beside: tuple[ReadSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +71,10 @@ class Fault:
 class ClusterSpec:
     """What is simulated; `layer_ns[row]` is compute of a layer, dense part included.
 
-    `fetch_ns` is what each block that a device fetches adds to its own compute.
+    `fetch_ns` is what each block that a device fetches adds to its own compute. `visits` were
+    measured: a layer draws one (by `seed`) of those with as many reads as it needs, and its reads
+    take what those took, the wait for each other included. Without them a read takes its link's
+    time and its tier's `overhead_ns`, which is also the price by which sources compete.
     """
 
     layers: tuple[int, ...]
@@ -83,7 +83,9 @@ class ClusterSpec:
     stores: tuple[StoreSpec, ...]
     tiers: dict[Tier, TierSpec]
     layer_ns: tuple[int, ...]
+    experts_permille: int = 500  # of layer_ns, what experts take
     fetch_ns: int = 0
+    visits: tuple[MeasuredVisit, ...] = ()
     seed: int = 0
     dispatch_ns: int = 0  # round trip of tokens to a peer and its compute; 0: tokens stay
     report_ns: int = 200_000_000
@@ -104,6 +106,8 @@ class SimScore:
     prefetched: int = 0
     moved_bytes: int = 0
     commands: int = 0
+    plans: int = 0  # put in force
+    plans_refused: int = 0
     events: int = 0
     end_ns: int = 0
     lost: int = 0
@@ -142,8 +146,8 @@ class SimWorker:
     started: int = 0
     busy_ns: int = 0  # until then compute has something to do without what it waits for
     stall_ns: int = 0
-    here: bool = False  # some of the layer's experts are
-    drawn: dict[Tier, ReadSample] = field(default_factory=dict)  # for the layer's reads
+    drawn: MeasuredVisit = ()  # for the layer's reads
+    covers: dict[int, int] = field(default_factory=dict)  # flat -> until then it is not missed
     coming: dict[int, int] = field(default_factory=dict)  # flat -> flight
     counts: dict[int, int] = field(default_factory=dict)
     steps_told: int = 0

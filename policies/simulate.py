@@ -32,6 +32,7 @@ from hotset.policies.types import (
     Format,
     LayerTimes,
     Reason,
+    Replan,
     RouterCounts,
     State,
     StoreLost,
@@ -56,6 +57,8 @@ class Simulation(SimCluster):
         for worker in self._workers.values():
             self._at(self.now_ns, "layer", worker)
         self._at(self.now_ns + self.brain.config.tick_ns, "tick", None)
+        if self.brain.config.plan_ns:
+            self._at(self.now_ns + self.brain.config.plan_ns, "plan", None)
         while self._running and self._agenda:
             at_ns, _, kind, what = heapq.heappop(self._agenda)
             assert at_ns >= self.now_ns, (at_ns, self.now_ns)  # noqa: S101 - our own bug
@@ -88,6 +91,9 @@ class Simulation(SimCluster):
             self._fail(what)
         elif kind == "back":
             self._join(self._specs[str(what)])
+        elif kind == "plan":
+            self._tell(Replan(now_ns=self.now_ns))
+            self._at(self.now_ns + self.brain.config.plan_ns, "plan", None)
         else:
             self._tell(Tick(now_ns=self.now_ns))
             self._at(self.now_ns + self.brain.config.tick_ns, "tick", None)
@@ -118,8 +124,10 @@ class Simulation(SimCluster):
         self.score.hits += len(plan.resident) * scored
         worker.began_ns = self.now_ns
         worker.waiting = {base + expert for expert in (*plan.arriving, *plan.missing)}
-        worker.here = bool(plan.resident)
-        worker.drawn.clear()
+        worker.busy_ns = self.now_ns
+        worker.covers.clear()
+        if self._visits and worker.waiting:
+            self._cover(worker, arriving=plan.arriving)
         for expert in plan.arriving:
             self._hasten(worker, base + expert)
         flats = [base + expert for expert in plan.missing]
@@ -128,10 +136,15 @@ class Simulation(SimCluster):
             self._at(self.now_ns + self.spec.dispatch_ns, "answer", (worker, sent))
         for layer, expert in plan.prefetch:
             self._prefetch(worker, self._rows[layer] * self._size + expert)
-        cover_ns = min((read.cover_ns for read in worker.drawn.values()), default=0)
-        worker.busy_ns = self.now_ns + cover_ns
         if not worker.waiting:
             self._compute(worker)
+
+    def _cover(self, worker: SimWorker, *, arriving: list[int]) -> None:
+        """Draw a measured visit for what this layer waits for; what comes anyway is so covered."""
+        worker.drawn = self._draw(len(worker.waiting))
+        base = worker.row * self._size
+        for expert in arriving:
+            worker.covers[base + expert] = self.now_ns + worker.drawn[0].cover_ns
 
     def _steer(self, worker: SimWorker) -> None:
         """Tell the policy when prefetches pay, as a worker does."""
@@ -179,19 +192,6 @@ class Simulation(SimCluster):
             self.score.prefetched += self._scored(worker)
             self._send(worker.name, flat, source.name, reason=Reason.PREFETCH, worker=worker)
 
-    def _claim(self, worker: SimWorker, flat: int, reason: Reason) -> bool:
-        policy = worker.policy
-        layer, expert = self._block(flat)
-        want_bytes = policy.nbytes(Format.BF16)
-        while not policy.room(want_bytes):
-            victim = policy.victim(want_bytes)
-            if victim is None:
-                return False
-            policy.dropped(victim.layer, victim.expert)
-            self._dropped(worker.name, BlockId(victim.layer, victim.expert), Reason.EVICT)
-        policy.in_flight(layer, expert, reason=reason)
-        return True
-
     def _hasten(self, worker: SimWorker, flat: int) -> None:
         number = worker.coming.get(flat)
         flight = self._flights.get(number) if number is not None else None
@@ -205,10 +205,10 @@ class Simulation(SimCluster):
         if flat not in worker.waiting or not worker.alive:
             return
         worker.waiting.discard(flat)
-        if self.now_ns > worker.busy_ns:
-            waited_ns = self.now_ns - worker.busy_ns
-            worker.stall_ns += waited_ns
-            worker.busy_ns += waited_ns
+        busy_ns = max(worker.busy_ns, worker.covers.get(flat, 0))
+        if self.now_ns > busy_ns:
+            worker.stall_ns += self.now_ns - busy_ns
+            worker.busy_ns = self.now_ns
         if not worker.waiting:
             self._compute(worker)
 
@@ -254,7 +254,12 @@ class Simulation(SimCluster):
         times = tuple(zip(self._layers, self.spec.layer_ns, strict=True))
         self._tell(RouterCounts(now_ns=now_ns, store=name, counts=counts, tokens=steps))
         self._tell(Concurrency(now_ns=now_ns, store=name, requests=1, steps=steps, tokens=steps))
-        self._tell(LayerTimes(now_ns=now_ns, store=name, steps=steps, times=times))
+        self._tell(
+            LayerTimes(
+                now_ns=now_ns, store=name, steps=steps, times=times,
+                experts_ns=sum(self.spec.layer_ns) * self.spec.experts_permille // 1000,
+            )
+        )  # fmt: skip
 
     def _landed(self, number: int) -> None:
         flight = self._flights.pop(number, None)

@@ -147,14 +147,19 @@ def test_tokens_go_to_a_peer_where_that_is_cheaper() -> None:
 
 
 def test_stall_is_what_compute_had_nothing_to_do_for() -> None:
-    read = ReadSample(overhead_ns=5000, cover_ns=4000)
-    host = TierSpec(link=LINK.link, overhead_ns=5000, alone=(read,), beside=(read,))
-    spec = cluster(tiers={**TIERS, Tier.HOST: host})
-    covered, bare = simulate(spec), simulate(cluster(tiers={
-        **TIERS, Tier.HOST: TierSpec(link=LINK.link, overhead_ns=5000)}))  # fmt: skip
-    assert covered.fetched == bare.fetched
-    layers_that_waited = (bare.stall_ns - covered.stall_ns) / 4000
-    assert layers_that_waited == int(layers_that_waited) > 0
+    one = (ReadSample(took_ns=5000, cover_ns=4000),)
+    two = (ReadSample(took_ns=6000, cover_ns=6000), ReadSample(took_ns=9000, cover_ns=6500))
+    score = simulate(replace(cluster(), visits=(one, two)))
+    pairs = (score.stall_ns - 1000 * sum(score.fetched.values())) / 500
+    assert pairs == int(pairs), "a lone read is missed for 1000 ns, a pair for 2500"
+    assert 0 < pairs < score.needs / 2
+
+
+def test_a_visit_that_nobody_has_measured_is_like_the_nearest() -> None:
+    alone = replace(cluster(), visits=((ReadSample(took_ns=5000, cover_ns=4000),),))
+    score = simulate(alone)
+    assert score.stall_ns % 1000 == 0, "of two reads that take as long, the first is missed"
+    assert 0 < score.stall_ns < 1000 * sum(score.fetched.values())
 
 
 def test_each_fetch_adds_to_the_compute_of_its_device() -> None:
