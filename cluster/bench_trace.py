@@ -1,8 +1,8 @@
 """`hotset bench trace`: what tracing costs, in one run, next to its bounds.
 
 - `append`: CPU time of one row with every column, on a real ring.
-- `tokens`: tokens a second and CPU time of a worker with its rows on, off, and on while the
-  collector is frozen, in turns (`bench_trace_tokens`).
+- `tokens`: tokens a second and CPU time of a worker with its rows on, off, on and sent to a
+  collector, and on while the collector is frozen, in turns (`bench_trace_tokens`).
 - `actor`: rows through a real telemetry actor: at 10,000 spans a second for some seconds, then as
   fast as it takes them; with no collector, with one over HTTP and over gRPC, with one that is
   frozen and with a closed port. `lag_ms` is how long a call that asks for the sums takes meanwhile:
@@ -285,7 +285,7 @@ def render(cost: Cost) -> str:
             + ", ".join(
                 f"{one.way} {one.change.verdict}" for one in cost.tokens if one.way != "off"
             )
-            + "; frozen: on, and the collector does not answer"
+            + "; on: to the file; sent: to a collector too; frozen: it does not answer"
         ),
         "",
     ]
@@ -314,7 +314,7 @@ def _spelled(found: Change) -> tuple[str, str]:
 @click.command("trace")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=12, show_default=True,
-    help="rounds of requests with tracing on, off, and with a frozen collector",
+    help="rounds of requests with tracing on, off, sent, and with a frozen collector",
 )  # fmt: skip
 @click.option(
     "--tokens", type=click.IntRange(min=8), default=64, show_default=True,

@@ -1,12 +1,13 @@
 """What tracing does to tokens a second: requests in turns on one worker of one deployment.
 
-Each round serves the same prompt with rows on, off, and on while the collector is frozen; each way
-comes first as often as another. After each request the worker ships its rows, and the next one
-waits until they are written and sent, so that no way pays for another's spans. A change is
-that of a round, so what slows the machine for seconds slows both sides of it; over rounds stands
-the Hodges-Lehmann estimate (the median of the means of all pairs, Hodges and Lehmann 1963) of the
-logarithms with the interval of Wilcoxon's signed ranks: no rare slow round moves it far, and no
-distribution is assumed but a symmetric one. Decides nothing else.
+Each round serves the same prompt in each way, in another order: rows `on` (written to the trace
+file), `off`, `sent` (on, and to a collector as well), and `frozen` (the collector hangs). After
+each request the worker ships its rows, and the next one waits until they are written and sent, so
+that no way pays for another's spans. A change is that of a round, so what slows the machine for
+seconds slows both sides of it; over rounds stands the Hodges-Lehmann estimate (the median of the
+means of all pairs, Hodges and Lehmann 1963) of the logarithms with the interval of Wilcoxon's
+signed ranks: no rare slow round moves it far, and no distribution is assumed but a symmetric one.
+Decides nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from hotset.cluster.bench_trace_sink import Sink
     from hotset.cluster.launch import Deployment
 
-WAYS = ("on", "off", "frozen")
+WAYS = ("on", "off", "sent", "frozen")
 CHANGE_BOUND = 0.03
 _PROMPT = "def __init__(self, name, value, **kwargs):\n"
 _LOOK_S = 0.1
@@ -104,11 +105,11 @@ def measure_tokens(
     served.turn()  # the first one pays for what others find
     for _, order in zip(range(rounds), orders, strict=False):
         for way in order:
-            served.trace(on=way != "off")
+            served.trace(on=way != "off", send=way in {"sent", "frozen"})
             if way == "frozen":
                 collector.freeze()
             turns[way].append(served.turn(thaw=collector.thaw))
-    served.trace(on=True)
+    served.trace(on=True, send=True)
     before = deployment.totals().spans
     served.turn()
     spans = deployment.totals().spans - before
@@ -133,9 +134,10 @@ class _Server:
         self._telemetry = list(deployment.telemetry.values())
         self._collecting = [psutil.Process(ray.get(one.pid.remote())) for one in self._telemetry]
 
-    def trace(self, *, on: bool) -> None:
+    def trace(self, *, on: bool, send: bool) -> None:
         import ray
 
+        ray.get([one.send.remote(on=send) for one in self._telemetry])
         ray.get(self._worker.trace.remote(on=on))
 
     def turn(self, *, thaw: Callable[[], None] = lambda: None) -> _Turn:

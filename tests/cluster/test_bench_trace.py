@@ -58,7 +58,7 @@ def test_no_collector_holds_anything_up_and_every_span_is_counted() -> None:
     options = ["bench", "trace", "--rounds", "2", "--tokens", "8", "--seconds", "1", "--json"]
     ran = CliRunner().invoke(main, options, catch_exceptions=False)
     cost = json.loads(ran.stdout)
-    assert [one["way"] for one in cost["tokens"]] == ["on", "off", "frozen"]
+    assert [one["way"] for one in cost["tokens"]] == ["on", "off", "sent", "frozen"]
     assert all(one["tokens_per_s"] > 0 for one in cost["tokens"])
     assert cost["spans_per_token"] > 0
     actors = {one["collector"]: one for one in cost["actors"]}
