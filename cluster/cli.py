@@ -14,6 +14,7 @@ import click
 
 from hotset import __version__
 from hotset.cluster.bench_equal_command import bench_equal_command, bench_wire_command
+from hotset.cluster.bench_policies_command import bench_policies_command
 from hotset.cluster.bench_trace import bench_trace_command
 from hotset.cluster.brain_commands import (
     bench_brain_command,
@@ -386,6 +387,7 @@ def doctor(*, as_json: bool) -> None:
 
 bench.add_command(bench_planner_command)
 bench.add_command(bench_brain_command)
+bench.add_command(bench_policies_command)
 bench.add_command(bench_simulate_command)
 bench.add_command(bench_formats_command)
 bench.add_command(bench_mix_command)
