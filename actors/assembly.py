@@ -157,6 +157,7 @@ class Assembly:
         self._shipped_drops = 0
         self._telemetry: Any = None
         self.membership: Membership | None = None
+        self._busy: Callable[[], bool] = lambda: False
 
     def join(  # noqa: PLR0913 - what a store does with news, by keyword
         self,
@@ -169,6 +170,7 @@ class Assembly:
         packing: Callable[[float], None] = lambda _gain: None,
     ) -> None:
         """Join the cluster; returns once the first directory is here."""
+        self._busy = lambda: gauges().get("requests", 0) > 0
         self.membership = Membership(
             run=self.spec.run,
             store=self.store,
@@ -193,11 +195,17 @@ class Assembly:
         return self.membership is not None and self.membership.lease.valid
 
     def _beat(self) -> None:
-        if self.engine.quarantined >= MOST_QUARANTINED:
-            # Abandoned transfers hold too many slots, and only a new process can let go of them.
-            print(f"{self.spec.name}: quarantine is full, restarting", file=sys.stderr, flush=True)
+        if reason := self._beyond_mending():
+            print(f"{self.spec.name}: {reason}, restarting", file=sys.stderr, flush=True)
             _end_process()
         self.ship()
+
+    def _beyond_mending(self) -> str:
+        """Why only a new process can go on; ''."""
+        if self.engine.quarantined >= MOST_QUARANTINED:  # abandoned transfers hold the slots
+            return "quarantine is full"
+        fault = self.engine.fault
+        return "" if self._busy() else fault  # requests that run here read what they need
 
     def ship(self) -> None:
         """Send new rows and counters to the node's telemetry actor; never waits."""

@@ -17,7 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from hotset.errors import DependencyError, PeerGoneError, TransportError
-from hotset.transport.abort_guard import ABORT_GUARD, NewThreads, thread_name
+from hotset.transport.abort_guard import ABORT_GUARD, NewThreads, name_thread, thread_name
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from hotset.transport.slab import Slab
 
+SERVER_THREAD = "nixl-server"
 _UCX_ASYNC = "async"  # UCX's thread for events of all agents: not the one that answers reads
 _log = logging.getLogger(__name__)
 _parked: list[Any] = []  # agents whose thread sleeps for good: to destroy one would wait for it
@@ -79,6 +80,7 @@ class NixlBackend(Backend):
         found = [thread for thread in threads.found if thread_name(thread) != _UCX_ASYNC]
         if len(found) == 1 and ABORT_GUARD.watch(found[0]):
             self._server = found[0]
+            name_thread(self._server, SERVER_THREAD)
         self._lanes = [Lane(self._nixl, slab, number=0)]
         self._slab = slab
 

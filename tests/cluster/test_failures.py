@@ -5,18 +5,20 @@ One deployment for all tests: each one starts when every store is back, so heali
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hotset.cluster.front import Front
+from hotset.transport.nixl import SERVER_THREAD
 from tests.cluster.world import assert_sound, call, deployed, eventually, prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from hotset.cluster.front import Served
     from hotset.cluster.launch import Deployment
@@ -40,7 +42,7 @@ def run(
     folder = tmp_path_factory.mktemp("run")
     with deployed(models("demo"), folder, workers=3, hbm_ratio=0.2) as deployment:
         Front(deployment).generate(PROMPT, max_new_tokens=8)  # popular blocks go to the host pool
-        eventually(lambda: stores(deployment)["host-0"]["blocks"].get("bf16"), what="host copies")
+        eventually(lambda: stores(deployment)["host-0"]["blocks"], what="host copies")
         yield deployment
 
 
@@ -65,7 +67,20 @@ def stores(run: Deployment) -> dict[str, dict[str, Any]]:
     return {store["name"]: store for store in run.status()["stores"]}
 
 
-def generate_and_kill(run: Deployment, pid: int, *, worker: str = "worker-0") -> Served:
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def abort_nixl(pid: int) -> None:
+    """Let the thread of a process that serves NIXL's reads abort, as UCX does over TCP."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    [server] = [t for t in threads if (t / "comm").read_text().strip() == SERVER_THREAD]
+    assert ctypes.CDLL(None).tgkill(pid, int(server.name), signal.SIGABRT) == 0
+
+
+def generate_and_kill(
+    run: Deployment, pid: int, *, worker: str = "worker-0", strike: Callable[[int], None] = kill
+) -> Served:
     """Serve a request; its 20th token kills the process."""
     came: list[int] = []
     killed = False
@@ -75,7 +90,7 @@ def generate_and_kill(run: Deployment, pid: int, *, worker: str = "worker-0") ->
         came.extend(tokens)
         if len(came) >= KILL_AFTER and not killed:
             killed = True
-            os.kill(pid, signal.SIGKILL)
+            strike(pid)
 
     served = Front(run).generate(PROMPT, max_new_tokens=TOKENS, on_tokens=on_tokens, worker=worker)
     assert killed
@@ -95,7 +110,7 @@ def test_a_pool_dies(run: Deployment, wanted: list[int], pool: str) -> None:
         what=f"a new incarnation of {pool}",
     )
     if pool == "cxl-0":  # it held what no other pool holds: filled again from storage
-        eventually(lambda: stores(run)[pool]["blocks"].get("bf16"), deadline_s=60, what="copies")
+        eventually(lambda: stores(run)[pool]["blocks"], deadline_s=60, what="copies")
 
 
 def test_a_peer_of_the_serving_worker_dies(run: Deployment, wanted: list[int]) -> None:
@@ -119,6 +134,19 @@ def test_the_serving_worker_dies(run: Deployment, wanted: list[int]) -> None:
     assert served.tokens == wanted
     assert served.replays == 1
     assert served.workers[0] == "worker-2" != served.workers[1]
+
+
+def test_ucx_aborts_in_the_serving_worker(run: Deployment, wanted: list[int]) -> None:
+    before = stores(run)["worker-1"]
+    pid = call(run.workers["worker-1"].pid)
+    served = generate_and_kill(run, pid, worker="worker-1", strike=abort_nixl)
+    assert served.tokens == wanted
+    assert not served.replays  # it has outlived that
+    eventually(
+        lambda: stores(run).get("worker-1", before)["incarnation"] > before["incarnation"],
+        deadline_s=90,
+        what="a new incarnation of worker-1",
+    )
 
 
 def test_the_controller_dies(run: Deployment, wanted: list[int]) -> None:
