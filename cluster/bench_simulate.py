@@ -7,17 +7,15 @@ them in the order in which they were served, from the copies that the stores the
 stall of the tested ones are held against what was measured. Nothing of those but their routing
 reaches the simulation.
 
-Live and simulated figures are made alike: the mean over a request's decode steps, then the median
-over the tested requests, so that one that the machine disturbed does not decide. What no model can
-foresee stands beside the errors: how far a fetch of the tested requests made compute wait longer or
-shorter than one of the calibrating requests did, live against live.
+What no model can foresee stands beside the errors: how much longer or shorter a fetch of the tested
+requests made compute wait than one of the calibrating requests, live against live.
 """
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -41,10 +39,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hotset.cluster.bench_simulate_prices import Prices, Steps
+    from hotset.cluster.bench_simulate_prices import Prices
     from hotset.cluster.launch import Deployment
-    from hotset.dashboards.otlp import Spans
-    from hotset.policies.simspec import SimWorker
+    from hotset.policies.simspec import SimScore
 
 _WARM = "# The first request in a process pays for what later ones find ready.\n"
 _CALIBRATE = (
@@ -74,7 +71,7 @@ _SEEDS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One run under one policy: medians over the tested requests of means over their steps.
+    """One run under one policy: means over the decode steps of the tested requests.
 
     `live_wait_error` is live against live, see the module.
     """
@@ -108,37 +105,10 @@ class Compared:
 
 
 class Passes(NamedTuple):
-    """The routing of all requests, pass after pass; `tested[i]` are the decode steps of one."""
+    """The routing of all requests, pass after pass; decode steps of tested ones are `scored`."""
 
     visits: list[list[list[int]]]
-    tested: tuple[range, ...]
-
-
-class StepCost(NamedTuple):
-    """A simulated step."""
-
-    step_ns: int
-    stall_ns: int
-    fetches: int
-
-
-class _Watched(Simulation):
-    """A simulation of one worker that remembers each step."""
-
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.costs: list[StepCost] = []
-        self._fetched = 0
-
-    def _end_step(self, worker: SimWorker) -> None:
-        fetched = sum(self.score.fetched.values()) + self.score.prefetched
-        self.costs.append(
-            StepCost(
-                self.now_ns - worker.step_began_ns, worker.step_stall_ns, fetched - self._fetched
-            )
-        )
-        self._fetched = fetched
-        super()._end_step(worker)
+    scored: frozenset[int]
 
 
 class LiveRun(NamedTuple):
@@ -200,9 +170,7 @@ def hold_against(policy: str, run: LiveRun) -> Compared:
     """Simulate the tested requests of a run with the prices of the others."""
     spans = read_run(run.folder)
     served = requests_of(spans)[1:]
-    calibrating, tested = (
-        [steps_of(spans, [request]) for request in served[first::2]] for first in (0, 1)
-    )
+    calibrating, tested = (steps_of(spans, served[first::2]) for first in (0, 1))
     passes = lay_out(run.experts, run.seq, prefills=run.lengths)
     begin_ns = int(spans.table["start_ns"][spans.where("name", names.SPAN_STEP.name)].min())
     stores = tuple(
@@ -211,67 +179,38 @@ def hold_against(policy: str, run: LiveRun) -> Compared:
     )
     run = run._replace(stores=stores)
     seen = [tier for tier in Tier if tier in {s.tier for s in run.stores} | {Tier.STORAGE}]
-    prices = prices_of(
-        spans, steps_of(spans, served[::2]), worker="worker-0", layers=len(run.layers), seen=seen
-    )
-    found = [
-        _median_request(simulate_passes(spec_of(run, prices, seed=seed), policy, passes), passes)
+    prices = prices_of(spans, calibrating, worker="worker-0", layers=len(run.layers), seen=seen)
+    scores = [
+        simulate_passes(spec_of(run, prices, seed=seed), policy=policy, passes=passes)
         for seed in range(_SEEDS)
     ]
-    live_ns = [_per_fetch_ns(spans, requests) for requests in (tested, calibrating)]
+    steps = sum(score.steps for score in scores)
+    waits_ns = [one.stall_ns / max(1e-9, one.fetches(spans)) for one in (tested, calibrating)]
     return Compared(
         policy=policy,
-        steps=sum(len(one.steps) for one in tested),
-        live_step_ns=int(statistics.median(one.step_ns for one in tested)),
-        simulated_step_ns=int(statistics.fmean(one.step_ns for one in found)),
-        live_stall_ns=int(statistics.median(one.stall_ns for one in tested)),
-        simulated_stall_ns=int(statistics.fmean(one.stall_ns for one in found)),
-        live_fetches_per_step=round(
-            statistics.median(one.fetches(spans) / len(one.steps) for one in tested), 3
+        steps=len(tested.steps),
+        live_step_ns=tested.step_ns,
+        simulated_step_ns=sum(score.step_ns for score in scores) // max(1, steps),
+        live_stall_ns=tested.stall_ns,
+        simulated_stall_ns=sum(score.stall_ns for score in scores) // max(1, steps),
+        live_fetches_per_step=round(tested.fetches(spans), 3),
+        simulated_fetches_per_step=round(
+            sum(sum(score.fetched.values()) + score.prefetched for score in scores)
+            / max(1, steps), 3,
         ),
-        simulated_fetches_per_step=round(statistics.fmean(one.fetches for one in found), 3),
-        live_wait_error=round(live_ns[0] / max(1.0, live_ns[1]) - 1.0, 3),
-        interrupted=sum(one.interrupted for one in (*calibrating, *tested)),
-    )
+        live_wait_error=round(waits_ns[0] / max(1.0, waits_ns[1]) - 1.0, 3),
+        interrupted=calibrating.interrupted + tested.interrupted,
+    )  # fmt: skip
 
 
-def simulate_passes(spec: ClusterSpec, policy: str, passes: Passes) -> list[StepCost]:
-    """Cost of each pass of worker-0."""
+def simulate_passes(spec: ClusterSpec, *, policy: str, passes: Passes) -> SimScore:
+    """Totals of the scored passes of worker-0."""
     from hotset.cluster.simulate import policy_maker
 
-    simulation = _Watched(
+    return Simulation(
         spec, policies=policy_maker(policy, spec), visits={"worker-0": passes.visits},
-        config=PolicyConfig(),
-    )  # fmt: skip
-    simulation.run()
-    return simulation.costs
-
-
-class _Request(NamedTuple):
-    """Means over steps, medians over requests."""
-
-    step_ns: float
-    stall_ns: float
-    fetches: float
-
-
-def _median_request(costs: list[StepCost], passes: Passes) -> _Request:
-    means = [
-        [
-            statistics.fmean(one[part] for one in costs[steps.start : steps.stop])
-            for part in range(3)
-        ]
-        for steps in passes.tested
-    ]
-    return _Request(*(statistics.median(column) for column in zip(*means, strict=True)))
-
-
-def _per_fetch_ns(spans: Spans, requests: Sequence[Steps]) -> float:
-    """What a fetch made compute wait: the median over requests."""
-    fetching = [(one, one.fetches(spans)) for one in requests]
-    return statistics.median(
-        one.stall_ns * len(one.steps) / fetches if fetches else 0.0 for one, fetches in fetching
-    )
+        config=PolicyConfig(), unscored=set(range(len(passes.visits))) - passes.scored,
+    ).run()  # fmt: skip
 
 
 def lay_out(
@@ -282,15 +221,15 @@ def lay_out(
     The first request is there to warm up; of the others each second one is tested.
     """
     visits: list[list[list[int]]] = []
-    tested: list[range] = []
+    scored: set[int] = set()
     for at, (request, length) in enumerate(zip(dict.fromkeys(seq.tolist()), prefills, strict=True)):
         rows = experts[seq == request]
         visits.append([np.unique(rows[:length, row]).tolist() for row in range(rows.shape[1])])
         first = len(visits)
         visits += rows[length:].tolist()
         if at and at % 2 == 0:
-            tested.append(range(first, len(visits)))
-    return Passes(visits, tuple(tested))
+            scored.update(range(first, len(visits)))
+    return Passes(visits, frozenset(scored))
 
 
 def spec_of(run: LiveRun, prices: Prices, *, seed: int) -> ClusterSpec:
@@ -298,7 +237,8 @@ def spec_of(run: LiveRun, prices: Prices, *, seed: int) -> ClusterSpec:
     return ClusterSpec(
         layers=run.layers, num_experts=run.num_experts, block_bytes=run.block_bytes,
         stores=run.stores, tiers=prices.tiers, visits=prices.visits,
-        layer_ns=(prices.layer_ns,) * len(run.layers), fetch_ns=prices.fetch_ns, dispatch_ns=prices.dispatch_ns, seed=seed,
+        layer_ns=(prices.layer_ns,) * len(run.layers), fetch_ns=prices.fetch_ns,
+        dispatch_ns=prices.dispatch_ns, seed=seed,
     )  # fmt: skip
 
 
@@ -343,19 +283,23 @@ def medians(found: Sequence[Compared]) -> list[Compared]:
 def render(found: Sequence[Compared]) -> str:
     """A table: measured, simulated, and how far apart."""
     head = ("policy", "runs", "steps", "live step ms", "simulated", "off", "live stall ms",
-            "simulated", "off", "live/live", "live loads", "simulated", f"within {BOUND:.0%}")  # fmt: skip
+            "simulated", "off", "live/live", "live loads", "simulated",
+            f"within {BOUND:.0%}")  # fmt: skip
     rows = [
         (
             one.policy, str(one.runs), str(one.steps), f"{one.live_step_ns / 1e6:.3f}",
             f"{one.simulated_step_ns / 1e6:.3f}", f"{one.step_error:+.0%}",
             f"{one.live_stall_ns / 1e6:.3f}", f"{one.simulated_stall_ns / 1e6:.3f}",
-            f"{one.stall_error:+.0%}", f"{one.live_wait_error:+.0%}", f"{one.live_fetches_per_step:.2f}",
-            f"{one.simulated_fetches_per_step:.2f}", "yes" if one.within else "no",
+            f"{one.stall_error:+.0%}", f"{one.live_wait_error:+.0%}",
+            f"{one.live_fetches_per_step:.2f}", f"{one.simulated_fetches_per_step:.2f}",
+            "yes" if one.within else "no",
         )
         for one in found
     ]  # fmt: skip
     lines = list(table(head, rows))
     paused = sum(one.interrupted for one in found)
     if paused:
-        lines.append(f"{paused} steps of over ten medians were interrupted and are left out")
+        lines.append(
+            f"{paused} steps that took or waited over ten medians were interrupted: left out"
+        )
     return "\n".join(lines)

@@ -10,7 +10,8 @@ what slows one read slows its companions and the compute beside it, and blocks o
 in one transfer. From which tier a read came is part of the visit, so the live directory's choice
 among sources, which follows measured prices, enters as it was.
 
-Steps of more than ten times the median were interrupted from outside and count nowhere.
+Steps that took more than ten times the median step, or in which one wait took more than ten times
+the median wait, were interrupted from outside and count nowhere, calibrating or tested.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     Rows = NDArray[Any]
 
 INTERRUPTED = 10
-"""A step of this many medians is no step of the model but a pause of the machine."""
+"""A step or wait of this many medians is none of the model but a pause of the machine."""
 _FILLS = (Reason.WARM, Reason.JOINED, Reason.STAGE)
 
 
@@ -66,10 +67,11 @@ class Steps:
         """Mean time."""
         return int(_spans_ns(self.steps).mean())
 
-    def fetches(self, spans: Spans) -> int:
-        """Transfers that these steps started."""
+    def fetches(self, spans: Spans) -> float:
+        """Transfers that a step started, the mean."""
         reads = spans.where("name", names.SPAN_TRANSFER.name)
-        return int(np.isin(spans.table["parent"][reads], self.steps["span_id"]).sum())
+        started = np.isin(spans.table["parent"][reads], self.steps["span_id"]).sum()
+        return float(started) / len(self.steps)
 
     @property
     def stall_ns(self) -> int:
@@ -94,18 +96,23 @@ def requests_of(spans: Spans) -> list[int]:
 
 
 def steps_of(spans: Spans, requests: Iterable[int]) -> Steps:
-    """Steps of one token of the requests, and what was waited for in them."""
+    """Whole steps of one token of the requests, and what was waited for in them."""
     rows = spans.table
     mine = np.isin(rows["request"], np.array(list(requests), dtype=np.uint64))
     steps = rows[mine & spans.where("name", names.SPAN_STEP.name) & (rows["tokens"] == 1)]
     if not len(steps):
         raise ClusterError("the trace holds no decode step", remedy="generate more tokens")
-    took_ns = _spans_ns(steps)
-    whole = took_ns <= INTERRUPTED * np.median(took_ns)
-    steps = steps[whole]
     waits = rows[spans.where("name", names.SPAN_WAIT.name)]
     waits = waits[np.isin(waits["parent"], steps["span_id"])]
+    whole = ~_interrupted(steps) & ~np.isin(steps["span_id"], waits["parent"][_interrupted(waits)])
+    steps = steps[whole]
+    waits = waits[np.isin(waits["parent"], steps["span_id"])]
     return Steps(steps=steps, waits=waits, interrupted=int((~whole).sum()))
+
+
+def _interrupted(rows: Rows) -> NDArray[np.bool_]:
+    took_ns = _spans_ns(rows)
+    return took_ns > INTERRUPTED * np.median(took_ns) if len(rows) else np.zeros(0, dtype=np.bool_)
 
 
 def prices_of(

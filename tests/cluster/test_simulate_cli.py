@@ -119,7 +119,7 @@ def test_a_prefill_is_one_pass_and_every_second_request_is_tested() -> None:
     seq = np.array([0, 0, 0, 1, 1, 2, 2])
     passes = lay_out(experts.astype(np.uint16), seq, prefills=[2, 1, 1])
     assert passes.visits == [[[0, 1, 2]], [[3, 4]], [[5, 6]], [[0, 7]], [[1, 3]], [[2, 4]]]
-    assert passes.tested == (range(5, 6),)
+    assert passes.scored == {5}
 
 
 def test_the_brains_tick_is_measured() -> None:
