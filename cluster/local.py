@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 80 << 20  # tokens and control messages only; blocks never go through it
 CONNECT_S = 3.0
+_LOOPBACK = {"127.0.0.1", "localhost"}
 
 # Dead nodes are seen in half a second instead of 14 s; the keys are checked by Ray at start.
 SYSTEM_CONFIG = {
@@ -159,7 +160,8 @@ def _require_free(port: int | None) -> None:
 def require_cluster(address: str) -> None:
     """Raise ClusterError unless something listens at `address`; Ray alone would wait for minutes.
 
-    `auto` is the cluster that this machine's last `ray start` or `ray.init` left a note of.
+    `auto` is the cluster that this machine's last `ray start` or `ray.init` left a note of. Of a
+    cluster that listens on loopback alone, an embedded one, this process becomes a guest there.
     """
     from ray._private import services, utils  # Ray has no public way to ask without waiting
 
@@ -168,11 +170,18 @@ def require_cluster(address: str) -> None:
         found = os.environ.get("RAY_ADDRESS") or utils.read_ray_address()
         found = found or next(iter(services.find_gcs_addresses()), None)
     host, _, port = (found or "").removeprefix("ray://").rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=CONNECT_S):
-            return
-    except (OSError, ValueError):
+    if not _listens(host, port):
         raise ClusterError(
             f"no Ray cluster answers at {address}{f' ({found})' if found != address else ''}",
             remedy="start one with `ray start --head`, or name a running one with --address",
-        ) from None
+        )
+    if host in _LOOPBACK and not _listens(services.get_node_ip_address(), port):
+        stay_on_loopback()
+
+
+def _listens(host: str, port: str) -> bool:
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_S):
+            return True
+    except (OSError, ValueError):
+        return False
