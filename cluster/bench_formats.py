@@ -3,8 +3,9 @@
 Speed is measured on a block of at least 12 MB, made of the model's own trained experts one below
 the other, since that is what an expert of a served model weighs; decoding one block of the model's
 own size is timed too. All contenders of a format and a plain copy take turns, on one thread, with
-buffers that were written before. Time is the processor time of this process: other work on the
-machine counts for less, and a library that starts threads pays for them. Error is that of an
+buffers that were written before; each decodes twice right before it is timed, so that nobody finds
+the caches as the one before has left them. Time is the processor time of this process: other work
+on the machine counts for less, and a library that starts threads pays for them. Error is that of an
 expert's output, on seeded Gaussian rows and experts spread over the model: norm of the difference
 over norm of the full-precision output, the mean over experts.
 
@@ -213,10 +214,10 @@ def measure(  # noqa: PLR0913 - what is measured, and how long
     spare = block.payload.clone()
     for _ in range(repeat):
         for run in runs:
-            decode[run.name].append(_seconds(run.decode))
+            decode[run.name].append(_steady_seconds(run.decode))
             if not isinstance(run.by, Peer):
-                checked[run.name].append(_seconds(partial(run.decode, verified=False)))
-        copied.append(_seconds(partial(spare.copy_, block.payload)))
+                checked[run.name].append(_steady_seconds(partial(run.decode, verified=False)))
+        copied.append(_steady_seconds(partial(spare.copy_, block.payload)))
         for run in runs:
             encode[run.name].append(_seconds(run.encode))
     full = block.layout.nbytes
@@ -250,6 +251,12 @@ def _one_block(by: Codec | Peer, expert: Weights, *, repeat: int) -> float:
     run.decode()
     rounds = [_seconds(lambda: run.decode(verified=False)) for _ in range(10 * repeat)]
     return median(rounds) * 1e6
+
+
+def _steady_seconds(decode: Callable[..., object]) -> float:
+    for _ in range(2):
+        decode()
+    return _seconds(decode)
 
 
 def _error(by: Codec | Peer, experts: list[Weights], rows: torch.Tensor) -> float:
