@@ -105,9 +105,6 @@ class Calibration:
         blended = smoothed(sums, counts, tokens=found.tokens, top_k=catalog.top_k)
         correction = self._check_groups(plain, blended)
         blended = shorten(blended * correction[:, None, :])
-        second = smoothed(found.router, counts, tokens=found.tokens, top_k=catalog.top_k)
-        level = (plain * correction[:, None, :]).sum(axis=1)
-        level /= np.maximum(found.router.sum(axis=1) / found.tokens, 1e-30)  # [L, F]
         mixes, optimism, upper = self._check_mixes(plain * correction[:, None, :], blended)
         use = shorten(frequencies(counts, tokens=found.tokens, top_k=catalog.top_k))
         return SensitivityTable(
@@ -126,7 +123,6 @@ class Calibration:
             mixes=mixes,
             optimism=optimism,
             optimism_upper=upper,
-            router_nats=shorten(second * level[:, None, :]).tolist(),
         )
 
     def _first_order(self) -> Damage:

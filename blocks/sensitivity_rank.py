@@ -1,9 +1,11 @@
 """How well each way of estimating ranks blocks: estimates against the true KL of single blocks.
 
-Decides which blocks are drawn and what is compared: the Fisher-weighted table, the router-weighted
-one, and two plain guesses, how often a block is used and how far its weights are off. True KL is
-that of one block in one format with all others at full precision, on text that calibration did not
-see. Must not know how a table is used.
+Decides which blocks are drawn and what is compared: the Fisher- and the router-weighted output
+error, how often a block is used, how far its weights are off, and the table that decisions go by.
+The first three are taken as they come from text of the same kind; the table is drawn to the layer's
+mean and to even use, so it ranks blocks that this kind of text does not use higher than they
+deserve here. True KL is that of one block in one format with all others at full precision, on text
+that no estimate saw. Must not know how a table is used.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hotset.blocks.sensitivity import FULL
+from hotset.blocks.sensitivity_fisher import first_order
 from hotset.blocks.sensitivity_stats import rank_correlation
 from hotset.policies.types import BlockId
 
@@ -43,11 +46,15 @@ def check_ranks(  # noqa: PLR0913 - what is ranked, on what, how often
     table: SensitivityTable,
     windows: torch.Tensor,
     *,
+    fit: torch.Tensor,
     form: str,
     blocks: int,
     seed: int = 0,
 ) -> tuple[RankCheck, ...]:
-    """Measure `blocks` random blocks in `form` on `windows` [W, T]; best estimate first."""
+    """Measure `blocks` random blocks in `form` on `windows` [W, T]; best estimate first.
+
+    `fit` [W, T] is the text of the estimates.
+    """
     random = np.random.default_rng(seed)
     everything = [
         (row, expert) for row in range(len(table.layers)) for expert in range(table.num_experts)
@@ -58,26 +65,26 @@ def check_ranks(  # noqa: PLR0913 - what is ranked, on what, how often
     true = [float(meter.measure({block: form}, windows).kl.mean()) for block in names]
     rows, experts = (np.array(axis) for axis in zip(*chosen, strict=True))
     code = table.formats.index(form)
+    found = first_order(meter, fit, formats=(form,), seed=seed)
     estimates = {
-        "Fisher-weighted output error": table.damage[rows, experts, code],
-        "frequency": table.use[rows, experts],
+        "Fisher-weighted output error": found.nats.sum(axis=0)[rows, experts, 0],
+        "router-weighted output error": found.router[rows, experts, 0],
+        "frequency": found.counts.sum(axis=0)[rows, experts],
+        "the table": table.damage[rows, experts, code],
         "weight error": np.array([_weight_error(meter, block, form) for block in names]),
     }
-    if table.router_nats:
-        router = np.array(table.router_nats)
-        estimates["router-weighted output error"] = router[rows, experts, code]
     drawn = random.integers(count, size=(_RESAMPLES, count))
-    found = []
+    checks = []
     for by, values in estimates.items():
         again = [rank_correlation(values[one], np.array(true)[one]) for one in drawn]
         low, high = np.percentile(again, [5.0, 95.0])
-        found.append(
+        checks.append(
             RankCheck(
                 by=by, format=form, correlation=rank_correlation(values, true),
                 lower=float(low), upper=float(high), blocks=count,
             )
         )  # fmt: skip
-    return tuple(sorted(found, key=lambda one: -one.correlation))
+    return tuple(sorted(checks, key=lambda one: -one.correlation))
 
 
 def _weight_error(meter: KLMeter, block: BlockId, form: str) -> float:

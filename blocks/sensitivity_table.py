@@ -61,9 +61,7 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
     `nats[l][e][f]` is that of expert e of MoE layer `layers[l]` in `formats[f]`, corrected by the
     checks; `frequency[l][e]` the share of tokens routed there that it is stated for. `optimism` is
     the true KL of whole mixes over the sum of their damages, `optimism_upper` its 95 % bound.
-    `router_nats` is the same as `nats` by router-weighted output error, at the level that was
-    measured for each layer and format: a second opinion on which blocks come first. Empty in files
-    of versions that had none. `bases` names the file beside this one that `lowrank` needs; empty
+    `bases` names the file beside this one that `lowrank` needs; empty
     where it was not offered.
     """
 
@@ -82,7 +80,6 @@ class SensitivityTable(msgspec.Struct, frozen=True, kw_only=True):
     mixes: tuple[MixCheck, ...]
     optimism: float
     optimism_upper: float
-    router_nats: list[list[list[float]]] = []
     bases: str = ""
 
     @property
@@ -156,20 +153,13 @@ def _wrong(table: SensitivityTable) -> str:
         return f"nats is not {layers} x {experts} x {formats}"
     if len(table.nbytes) != formats:
         return "nbytes must give a size for each format"
-    return _wrong_addition(table) or _wrong_value(table)
-
-
-def _wrong_addition(table: SensitivityTable) -> str:
-    shape = (len(table.layers), table.num_experts, len(table.formats))
-    if table.router_nats and np.shape(table.router_nats) != shape:
-        return f"router_nats is not {shape[0]} x {shape[1]} x {shape[2]}"
     if Path(table.bases).name != table.bases or ("lowrank" in table.formats) != bool(table.bases):
         return "bases must name a file beside this one exactly where lowrank was measured"
-    return ""
+    return _wrong_value(table)
 
 
 def _wrong_value(table: SensitivityTable) -> str:
-    nats = (x for row in (*table.nats, *table.router_nats) for cell in row for x in cell)
+    nats = (x for row in table.nats for cell in row for x in cell)
     if not all(math.isfinite(x) and x >= 0 for x in (*nats, table.optimism_upper)):
         return "nats and optimism_upper must be finite and not negative"
     if not all(math.isfinite(x) and x > 0 for row in table.frequency for x in row):

@@ -56,6 +56,7 @@ _STDLIB_MODULES = 60
 _LIVE_STEPS = 200
 _RANKED, _RANKED_QUICK = 64, 12  # blocks whose true KL is measured one by one
 _RANKED_WINDOWS = 8
+_RANKED_FIT = 32  # windows that the estimates are made from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +292,7 @@ def run_bench(  # noqa: PLR0913 - one option each
     say("true KL of single blocks")
     ranks = check_ranks(
         meter, table, windows[:_RANKED_WINDOWS],
+        fit=read_text(model, text or files[::2], seed=seed).fit[:_RANKED_FIT],
         form="int4" if "int4" in table.formats else table.formats[-1],
         blocks=_RANKED_QUICK if quick else _RANKED, seed=seed,
     )  # fmt: skip

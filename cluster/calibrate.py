@@ -7,7 +7,8 @@ Must not know Ray.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hotset.blocks.lowrank_measure import Finding
     from hotset.blocks.sensitivity import KLMeter
     from hotset.blocks.sensitivity_table import SensitivityTable
     from hotset.policies.allocate import Allocation
@@ -139,13 +141,23 @@ def _sizes(meter: KLMeter, formats: tuple[str, ...]) -> tuple[int, ...]:
     return (meter.catalog.block_nbytes, *(meter.nbytes(form) for form in formats))
 
 
+class Offer(NamedTuple):
+    """The formats to measure, `lowrank` among them where it pays, and the figures that say so.
+
+    `bases` names the file of bases beside the table; empty where nothing is offered.
+    """
+
+    formats: tuple[str, ...]
+    bases: str
+    finding: Finding
+
+
 def offered(
     model: Path, formats: tuple[str, ...], *, out: Path, say: Callable[[str], None]
-) -> tuple[tuple[str, ...], str]:
+) -> Offer:
     """Measure whether experts may be kept as base and difference; say so with the figures.
 
-    Gives the formats to measure, `lowrank` among them where it pays, and the name of the file with
-    the bases, which is written beside `out`.
+    The bases are written beside `out`.
     """
     from hotset.blocks.checkpoint import Catalog
     from hotset.blocks.lowrank import install, write_bases
@@ -154,12 +166,12 @@ def offered(
     found, bases = measure(Catalog.open(model))
     say(found.render())
     if bases is None:
-        return formats, ""
+        return Offer(formats, "", found)
     install(bases)
     path = out.with_suffix(".bases.safetensors")
     write_bases(bases, path)
     say(f"wrote {path}")
-    return (*formats, "lowrank"), path.name
+    return Offer((*formats, "lowrank"), path.name, found)
 
 
 def lossy_formats(text: str) -> tuple[str, ...]:
@@ -212,7 +224,7 @@ def render(table: SensitivityTable, *, nats: float) -> str:
     return "\n".join(lines)
 
 
-def summary(table: SensitivityTable, *, out: Path, nats: float) -> dict[str, Any]:
+def summary(table: SensitivityTable, *, out: Path, nats: float, finding: Finding) -> dict[str, Any]:
     """What `hotset calibrate --json` prints."""
     mix = mix_within(table, nats=nats)
     full = len(table.layers) * table.num_experts * table.full_nbytes
@@ -226,4 +238,5 @@ def summary(table: SensitivityTable, *, out: Path, nats: float) -> dict[str, Any
         "optimism_upper": table.optimism_upper,
         "budget_nats": nats,
         "bytes_ratio": mix.nbytes / full,
+        "lowrank": {"offered": finding.offered, **asdict(finding)},
     }

@@ -75,12 +75,12 @@ def calibrate_command(  # noqa: PLR0913 - one option each
     )
 
     said = silent if as_json else say
-    chosen, bases = offered(model, lossy_formats(formats), out=out, say=said)
+    offer = offered(model, lossy_formats(formats), out=out, say=said)
     table = run_calibrate(
         model,
         text=text,
-        formats=chosen,
-        bases=bases,
+        formats=offer.formats,
+        bases=offer.bases,
         budget_nats=nats,
         time_ns=parse_duration_ns(duration),
         seed=seed,
@@ -89,7 +89,7 @@ def calibrate_command(  # noqa: PLR0913 - one option each
     )
     write_table(table, out)
     if as_json:
-        click.echo(json.dumps(summary(table, out=out, nats=nats)))
+        click.echo(json.dumps(summary(table, out=out, nats=nats, finding=offer.finding)))
         return
     click.echo(render(table, nats=nats))
     say(f"wrote {out}")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hotset.blocks.checkpoint import Catalog
 from hotset.blocks.families import make_random_checkpoint
+from hotset.blocks.lowrank import uninstall
 from hotset.blocks.sensitivity_table import read_table
 from hotset.cluster.bench_mix import run_bench
 from hotset.cluster.bench_mix_report import draw, render
@@ -23,6 +24,7 @@ from hotset.cluster.cli import main
 from hotset.errors import ConfigError
 from hotset.policies.allocate import Costs
 from hotset.policies.types import BlockId
+from tests.blocks.upcycled import upcycle
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -44,6 +46,10 @@ def table_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert summary["out"] == str(out)
     assert summary["checkpoint"] == Catalog.open(DEMO).digest
     assert 0 < summary["bytes_ratio"] <= 1
+    refusal = summary["lowrank"]  # its experts were trained from scratch
+    assert refusal["offered"] == []
+    assert all(one["error"] > 4 * one["int4_error"] for one in refusal["layers"])
+    assert all(abs(one["cosine"]) < 0.05 for one in refusal["layers"])
     return out
 
 
@@ -67,6 +73,29 @@ def test_a_table_of_another_checkpoint_is_refused(table_path: Path, tmp_path: Pa
     other = make_random_checkpoint("olmoe", tmp_path / "other")
     with pytest.raises(ConfigError, match="was measured on checkpoint"):
         run_bench(other, table_path=table_path)
+
+
+def test_upcycled_experts_are_offered_as_differences_and_measured_in_nats(tmp_path: Path) -> None:
+    model, out = upcycle(DEMO, tmp_path / "model"), tmp_path / "up.json"
+    result = CliRunner().invoke(
+        main,
+        ["calibrate", "--model", str(model), "--text", str(SOURCE), "--budget", "1s",
+         "--formats", "int4", "--out", str(out)],
+    )  # fmt: skip
+    try:
+        assert result.exit_code == 0, result.output
+        assert "lowrank is offered for 6 of 6 layers" in result.output
+        table = read_table(out, checkpoint=Catalog.open(model).digest)
+        assert table.formats == ("int4", "lowrank")
+        assert table.bases == "up.bases.safetensors"
+        assert (tmp_path / table.bases).exists()
+        damage = table.damage
+        assert (damage > 0).all()
+        assert damage[..., 1].sum() < damage[..., 0].sum(), "the smaller error costs less"
+        assert table.nbytes[1] < table.nbytes[0], "in fewer bytes"
+        assert mix_within(table, nats=0.002).codes.any()
+    finally:
+        uninstall()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +169,7 @@ def test_bench_mix_measures_and_draws(table_path: Path, tmp_path: Path) -> None:
     text = render(found)
     assert "vetoed 0:int2" in text
     ranks = {rank.by: rank.correlation for rank in found.ranks}
+    assert {"Fisher-weighted output error", "router-weighted output error"} < set(ranks)
     assert ranks["Fisher-weighted output error"] > ranks["weight error"]
-    assert "router-weighted output error" in ranks
     draw(found, tmp_path / "mix.svg")
     assert (tmp_path / "mix.svg").stat().st_size > 1000
