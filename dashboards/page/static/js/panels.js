@@ -91,7 +91,7 @@ export function load(m) {
 function bar(value, most) {
   const piece = document.createDocumentFragment();
   const line = document.createElement("i");
-  line.style.width = `${(60 * value) / most}%`;
+  line.style.width = `${(45 * value) / most}%`;
   line.setAttribute("aria-hidden", "true");
   piece.append(line, number(value));
   return piece;
