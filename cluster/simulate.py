@@ -6,6 +6,7 @@ Reads and checks the configuration, makes the routing (seeded, or from a recordi
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path  # noqa: TC003 - pydantic reads annotations
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hotset.dashboards.routertrace import read_trace
 from hotset.dashboards.text import field, human_bytes, human_ns
 from hotset.errors import ConfigError
-from hotset.policies.config import PolicyConfig
+from hotset.policies.config import PLAN_NS, PolicyConfig
 from hotset.policies.device import DeviceShape
 from hotset.policies.linkmodel import LinkSpec
 from hotset.policies.residency import LIVE_POLICIES, DeviceResidency, make_policy
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _STICKY = 1.5
 """How much likelier, in logits, a token uses the experts of the token before."""
+_BYTES_PER_STATE = 100
+"""What a device's books of one block take, about, measured on 320 devices."""
 _SKEW = 0.7
 """Spread, in logits, of the popularity of a layer's experts."""
 
@@ -83,6 +86,8 @@ class SimConfig(BaseModel):
     dispatch_ns: int = Field(default=0, ge=0)
     tokens: int = Field(default=16, ge=1)
     skip_tokens: int = Field(default=0, ge=0)
+    experts_ratio: float = Field(default=0.5, gt=0, le=1)
+    plan_ns: int = Field(default=PLAN_NS, ge=0)
     tiers: dict[Literal["hbm", "host", "cxl", "storage"], TierModel] = Field(default_factory=dict)
     faults: tuple[FaultModel, ...] = ()
     router: Path | None = None
@@ -99,17 +104,45 @@ def read_config(path: Path) -> SimConfig:
         said = " ".join(str(error).split())
         raise ConfigError(f"cannot read {path} ({said})", remedy="give a YAML file") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise _refused(path, error) from None
+    if config.top_k > config.experts:
         raise ConfigError(
-            f"{path}: {place}: {first['msg'].lower()}", remedy="see docs/brain.md"
-        ) from None
-    if config.top_k > config.experts or config.skip_tokens >= config.tokens:
+            f"{path}: top_k {config.top_k} exceeds {config.experts} experts",
+            remedy="lower top_k",
+        )
+    if config.skip_tokens >= config.tokens:
         raise ConfigError(
-            f"{path}: top_k exceeds experts, or skip_tokens leaves no token",
-            remedy="see docs/brain.md",
+            f"{path}: skip_tokens {config.skip_tokens} leaves none of {config.tokens} tokens",
+            remedy="raise tokens",
+        )
+    need = config.workers * config.layers * config.experts * _BYTES_PER_STATE
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ConfigError(
+            f"{path}: {config.workers} workers with {config.layers} x {config.experts} experts "
+            f"need {human_bytes(need)} of memory to simulate, this machine has {human_bytes(have)}",
+            remedy="simulate fewer workers, layers or experts",
         )
     return config
+
+
+def _refused(path: Path, error: ValidationError) -> ConfigError:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    said = first["msg"].lower()
+    models = {"tiers": TierModel, "faults": FaultModel}
+    model = models.get(str(first["loc"][0]), SimConfig) if len(first["loc"]) > 1 else SimConfig
+    match first["type"]:
+        case "extra_forbidden":
+            return ConfigError(
+                f"{path}: {place} is no key", remedy=f"known keys: {', '.join(model.model_fields)}"
+            )
+        case "missing":
+            return ConfigError(f"{path}: {place} is missing", remedy=f"add {place} to the file")
+        case _:
+            got = str(first["input"])[:60]
+            return ConfigError(f"{path}: {place}: {said}, got {got}", remedy=f"correct {place}")
 
 
 def cluster_of(config: SimConfig) -> ClusterSpec:
@@ -153,6 +186,7 @@ def cluster_of(config: SimConfig) -> ClusterSpec:
         layers=tuple(range(config.layers)), num_experts=config.experts,
         block_bytes=config.block_bytes, stores=tuple(stores), tiers=tiers,
         layer_ns=(config.layer_ns,) * config.layers, dispatch_ns=config.dispatch_ns,
+        experts_permille=round(1000 * config.experts_ratio),
         faults=tuple(Fault(at_ns=f.at_ns, store=f.store, back_ns=f.back_ns) for f in config.faults),
     )  # fmt: skip
 
@@ -230,7 +264,7 @@ def run_simulation(config: SimConfig, *, policy: str, seed: int) -> tuple[SimSco
     began = time.perf_counter()
     simulation = Simulation(
         spec, policies=maker, visits=visits, unscored=range(config.skip_tokens),
-        config=PolicyConfig(tick_ns=200_000_000),
+        config=PolicyConfig(tick_ns=200_000_000, plan_ns=config.plan_ns),
     )  # fmt: skip
     return simulation.run(), time.perf_counter() - began
 
@@ -259,6 +293,7 @@ def render(config: SimConfig, score: SimScore, *, policy: str, seconds: float) -
         ("fetched", (f"{fetched or 'nothing'}; {score.dispatched:,} dispatched, "
                     f"{score.prefetched:,} prefetched")),
         ("moved", human_bytes(score.moved_bytes)),
+        ("plans", f"{score.plans} in force, {score.plans_refused} not worth it"),
         ("took", f"{seconds:.1f} s for {score.events:,} events and {score.commands:,} commands"),
     )  # fmt: skip
     return "\n".join(line for label, value in rows for line in field(label, value, width=100))

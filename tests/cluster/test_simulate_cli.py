@@ -61,12 +61,26 @@ def test_the_example_with_a_fault_is_read() -> None:
         ({"top_k": 9}, "top_k"),
         ({"faults": [{"store": "cxl-3", "at_ns": 1}]}, "cxl-3"),
         ({"tiers": {"tape": {"bytes_per_s": 1}}}, "tiers"),
+        ({"tiers": {"host": {"bytes_per_s": 1, "speed": 2}}}, "bytes_per_s, latency_ns"),
+        ({"layers": "many"}, "got many"),
+        ({"colour": 1}, "known keys: layers"),
+        ({"skip_tokens": 12}, "raise tokens"),
+        ({"workers": 10_000, "layers": 1024, "experts": 65_536}, "fewer workers"),
     ],
 )
 def test_what_cannot_work_is_one_line(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     result = run("simulate", str(config_in(tmp_path, **changes)), code=2)
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_key_or_no_mapping_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text, said in (("layers: 3\n", "add experts"), ("- 3\n", "the file"), ("{", "YAML")):
+        path.write_text(text, encoding="utf-8")
+        result = run("simulate", str(path), code=2)
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
 
 
 def test_an_unknown_policy_or_file_is_refused(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def make(
             ),
         ),
         visits=visits,
-        config=PolicyConfig(tick_ns=200_000, min_dwell_ns=500_000, cool_down_ns=500_000),
-        **more,
+        **{"config": PolicyConfig(tick_ns=200_000, min_dwell_ns=500_000, cool_down_ns=500_000)}
+        | more,
     )  # fmt: skip
 
 
@@ -213,3 +213,19 @@ def test_lost_stores_cost_time_and_nothing_else() -> None:
     assert score.steps < whole.steps, "the dead worker's request is gone"
     assert score.stall_ns / score.steps > whole.stall_ns / whole.steps
     assert sum(score.fetched.values()) > 0
+
+
+def test_the_planner_replicates_what_all_ask_one_worker_for() -> None:
+    few = PolicyConfig(
+        tick_ns=200_000, plan_ns=2_000_000, popularity_half_life_tokens=64, plan_gain=0.001,
+        min_dwell_ns=500_000, cool_down_ns=500_000,
+    )  # fmt: skip
+    spec = replace(cluster(workers=4, slots=10, host=0, dispatch_ns=500), experts_permille=900)
+    spec = replace(spec, layer_ns=(300_000,) * LAYERS)
+    planned, plain = (
+        make(spec, tokens=120, config=config) for config in (few, replace(few, plan_ns=0))
+    )
+    scores = [one.run() for one in (planned, plain)]
+    assert scores[0].plans > 0
+    assert scores[1].plans == scores[1].plans_refused == 0
+    assert planned.brain.plan_epoch > 0
