@@ -26,15 +26,18 @@ def replica_counts(slots: Ints, *, experts: int) -> Ints:
 
 def even_shares(slots: Ints, count: Ints) -> Floats:
     """Every replica takes the same part: [L, P]."""
-    share = 1.0 / np.take_along_axis(count, np.maximum(slots, 0), axis=1)
-    return np.where(slots >= 0, share, 0.0)
+    owner = np.maximum(slots, 0) + np.arange(len(slots))[:, None] * count.shape[1]
+    share: Floats = 1.0 / count.ravel()[owner]
+    share[slots < 0] = 0.0
+    return share
 
 
 def device_times(slots: Ints, shares: Floats, load: Floats, *, speed: Floats) -> Floats:
     """Time of each device: load [..., L, E] -> [..., L, D]."""
     devices = speed.shape[0]
-    index = np.broadcast_to(np.maximum(slots, 0), (*load.shape[:-1], slots.shape[1]))
-    tokens = np.take_along_axis(load, index, axis=-1) * shares
+    layers, experts = load.shape[-2:]
+    owner = np.maximum(slots, 0) + np.arange(layers)[:, None] * experts
+    tokens = load.reshape(*load.shape[:-2], -1)[..., owner] * shares
     by_device = tokens.reshape(*load.shape[:-1], devices, -1).sum(axis=-1)
     total = load.sum(axis=-1, keepdims=True)
     scale = speed.sum() / speed / np.where(total > 0, total, 1.0)
@@ -89,17 +92,18 @@ def _sources(  # noqa: PLR0913 - columns of one table
     current: Ints, layer: Ints, expert: Ints, home: Ints, *, width: int, node: Ints
 ) -> tuple[Ints, NDArray[np.bool_]]:
     """A slot that holds each expert now, best on node `home`: (slot or -1, on the node)."""
-    source = np.full(len(layer), -1, dtype=np.int64)
-    local = np.zeros(len(layer), dtype=np.bool_)
-    where = np.repeat(node, width)
-    for index in np.unique(layer):
-        rows = np.flatnonzero(layer == index)
-        holders = current[index][None, :] == expert[rows][:, None]
-        near = holders & (where[None, :] == home[rows][:, None])
-        local[rows] = near.any(axis=1)
-        found = np.where(local[rows], near.argmax(axis=1), holders.argmax(axis=1))
-        source[rows] = np.where(holders.any(axis=1), found, -1)
-    return source, local
+    layers, slots = current.shape
+    experts, nodes = int(max(current.max(), expert.max(initial=0))) + 1, int(node.max()) + 1
+    owner = (np.arange(layers)[:, None] * experts + current)[:, ::-1]
+    held = current[:, ::-1] >= 0
+    slot = np.broadcast_to(np.arange(slots)[::-1], current.shape)[held]
+    anywhere = np.full(layers * experts, -1, dtype=np.int64)
+    near = np.full(layers * experts * nodes, -1, dtype=np.int64)
+    anywhere[owner[held]] = slot  # of several the last one stays: the first slot
+    near[owner[held] * nodes + np.repeat(node, width)[slot]] = slot
+    wanted = layer * experts + expert
+    inside = near[wanted * nodes + home]
+    return np.where(inside >= 0, inside, anywhere[wanted]), inside >= 0
 
 
 def bound_hottest(load: Floats, *, num_slots: int, num_devices: int) -> Floats:

@@ -21,13 +21,13 @@ from hotset.policies.planner_kernels import (
     Floats,
     Ints,
     Log,
-    search,
     settle,
 )
 from hotset.policies.planner_layers import Prices, blank, price_copies, repair
+from hotset.policies.planner_search import search
 
 KEEP_REACH = 0.8
-"""Reach of the search, see `planner_kernels.search`."""
+"""Reach of the search, see `planner_search.search`."""
 
 
 class Traces(NamedTuple):
@@ -54,11 +54,15 @@ def keep_layers(
         layer = blank(load[index], size[index], slot[index], home[index], fleet, True)
         settle(layer, fleet)
         price_copies(layer, fleet, prices)
+        before = layer.slot.copy()
         missing[index] = repair(layer, fleet)
+        least = prices.move * layer.size.min()  # of copies that were not there
+        if fleet.twice > 1 or (layer.slot != before).any():
+            least = 0.0
         log = Log(traces.writes[index], traces.ends[index], traces.peak[index], traces.spent[index])
         scale = 1000.0 / size[index].mean()
         floor = max(goal[index], 1.0)
-        traces.steps[index] = search(layer, fleet, floor, scale, False, KEEP_REACH, log)
+        traces.steps[index] = search(layer, fleet, floor, scale, least, False, KEEP_REACH, log)
     return missing
 
 

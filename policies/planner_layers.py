@@ -25,11 +25,11 @@ from hotset.policies.planner_kernels import (
     Log,
     covered,
     replicate,
-    search,
     settle,
 )
 from hotset.policies.planner_pairs import fold_counts
 from hotset.policies.planner_scans import FORBIDDEN
+from hotset.policies.planner_search import search
 
 FINE_GOAL = 1.0003
 """Time of the slowest device at which a plan from scratch is good enough to stop."""
@@ -46,7 +46,7 @@ ROUNDS = 2
 WORTH_PACKING = 1e-3
 """Less improvement than this ends packing again."""
 FRESH_REACH = 0.05
-"""Reach of the search, see `planner_kernels.search`."""
+"""Reach of the search, see `planner_search.search`."""
 
 
 class Prices(NamedTuple):
@@ -371,7 +371,7 @@ def fresh_layer(layer: Layer, fleet: Fleet, slots: Ints, price: float, log: Log)
                 packed = layer.time.max()
             elif wide and start < 3 and again == 0 and layer.time.max() > packed:
                 break  # a bad start is not worth a search
-            search(layer, fleet, FINE_GOAL, price, wide, FRESH_REACH, log)
+            search(layer, fleet, FINE_GOAL, price, 0.0, wide, FRESH_REACH, log)
             peak = layer.time.max()
             if missing < best_missing or (missing == best_missing and peak < best_peak):
                 best[:] = layer.slot
@@ -408,18 +408,18 @@ def repair(layer: Layer, fleet: Fleet) -> int:
     """Make a given plan legal with few changes; return the experts that found no room.
 
     Copies that are one too many on a device or over its bytes go, missing experts come, empty slots
-    are filled.
+    are filled. The books must agree with the slots, and do so afterwards.
     """
-    settle(layer, fleet)
     free = np.zeros(fleet.node.shape[0], dtype=np.int64)
-    for at in range(layer.slot.shape[0]):
-        device, expert = at // fleet.width, layer.slot[at]
-        if expert >= 0 and (
-            layer.hold[device, expert] > fleet.twice or layer.used[device] > fleet.room[device]
-        ):
-            _put(layer, fleet, at, -1)
-        if layer.slot[at] < 0:
-            free[device] += 1
+    for device in range(free.shape[0]):
+        for at in range(device * fleet.width, device * fleet.width + fleet.width):
+            expert = layer.slot[at]
+            if expert >= 0 and (
+                layer.hold[device, expert] > fleet.twice or layer.used[device] > fleet.room[device]
+            ):
+                _put(layer, fleet, at, -1)
+            if layer.slot[at] < 0:
+                free[device] += 1
     missing = 0
     if layer.count.min() == 0:
         for expert in np.argsort(-layer.load, kind="mergesort"):

@@ -28,10 +28,10 @@ from hotset.policies.planner_kernels import (
     Log,
     covered,
     exchange,
-    search,
     settle,
 )
 from hotset.policies.planner_layers import FINE_GOAL, FRESH_REACH, blank
+from hotset.policies.planner_search import search
 
 ROUNDING = 1.0 + 1e-9
 SLACK = 1.01
@@ -178,7 +178,7 @@ def mix_layer(layer: Layer, fleet: Fleet, log: Log) -> None:
             _swap(layer, fleet, sets, at, to)
             sets.label[:] = label
     if layer.time.max() > before * ROUNDING:
-        search(layer, fleet, FINE_GOAL, 0.0, True, FRESH_REACH, log)
+        search(layer, fleet, FINE_GOAL, 0.0, 0.0, True, FRESH_REACH, log)
 
 
 @compiled

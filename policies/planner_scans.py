@@ -1,12 +1,12 @@
 """The planner's two scans without numba: the same arithmetic on whole arrays, the same choice.
 
-Decides what `planner_kernels.scan_swaps` and `scan_overwrites` decide; used in their place where
+Decides what `planner_search.scan_swaps` and `scan_overwrites` decide; used in their place where
 numba is missing. Must not drift from them: `tests/policies/test_place_kernels.py` holds the two
 against each other. Ties fall to the first candidate in the order in which the kernels look.
 """
 
-# ruff: noqa: PLR0913 - numba has no keyword-only
-# arguments, and a call that hands over a whole layer costs more than the loop around it
+# ruff: noqa: ARG001, PLR0913, PLR0917 - the arguments of the compiled scans, which need bounds; numba
+# has no keyword-only arguments, and a call that hands over a whole layer costs more than its loop
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hotset.policies.planner_kernels import Fleet, Floats, Layer
+    from hotset.policies.planner_search import Tolls
 
 LEAST_DROP = 1e-9
 """A step must relieve the slowest device by more than rounding."""
@@ -42,30 +43,33 @@ def _covered(
 
 
 def _first_best(
-    score: NDArray[np.float64], allowed: NDArray[np.bool_], check: Callable[[int], bool] | None
+    score: NDArray[np.float64],
+    allowed: NDArray[np.bool_],
+    check: Callable[[int], bool] | None,
+    floor: float,
 ) -> tuple[float, int]:
-    """Best allowed score and its flat index, or (LEAST_SCORE, -1)."""
+    """Best allowed score above `floor` and its flat index, or (floor, -1)."""
     flat = np.where(allowed, score, -np.inf).ravel()
     while flat.size:
         at = int(np.argmax(flat))
-        if not flat[at] > LEAST_SCORE:
+        if not flat[at] > floor:
             break
         if check is None or check(at):
             return float(flat[at]), at
         flat[at] = -np.inf
-    return LEAST_SCORE, -1
+    return floor, -1
 
 
 def scan_swaps(
-    layer: Layer, fleet: Fleet, hot: int, goal: float, price: float
+    layer: Layer, fleet: Fleet, hot: int, goal: float, price: float, floor: float, tolls: Tolls
 ) -> tuple[float, int, int]:
-    """Best swap of a slot of `hot` with a slot elsewhere: (score, slot, slot)."""
-    width, time = fleet.width, layer.time
+    """Best swap of a slot of `hot` with a slot elsewhere: (score, slot, slot), above `floor`."""
+    width, time, floor = fleet.width, layer.time, max(LEAST_SCORE, floor)
     coldest = int(np.argmin(time))
     order = np.array([coldest, *(d for d in range(len(time)) if d != coldest)])
     order = order[order != hot]
     if not len(order):
-        return LEAST_SCORE, -1, -1
+        return floor, -1, -1
     top, pace_hot = time[hot], fleet.pace[hot]
     here_slots = np.arange(hot * width, hot * width + width)
     there_slots = order[:, None] * width + np.arange(width)
@@ -98,15 +102,15 @@ def scan_swaps(
             layer, fleet, mine, leave=hot, enter=device, copies=layer.count[mine]
         ) and _covered(layer, fleet, theirs, leave=device, enter=hot, copies=layer.count[theirs])
 
-    best, at = _first_best(score, allowed, check if fleet.spread > 1 else None)
+    best, at = _first_best(score, allowed, check if fleet.spread > 1 else None, floor)
     if at < 0:
-        return LEAST_SCORE, -1, -1
+        return floor, -1, -1
     rank, first, second = np.unravel_index(at, score.shape)
     return best, int(here_slots[first]), int(there_slots[rank, second])
 
 
 def crowds(layer: Layer, fleet: Fleet, goal: float) -> Floats:
-    """As `planner_kernels.crowds`."""
+    """As `planner_search.crowds`."""
     table = np.zeros((5, layer.load.shape[0]))
     table[1] = -1.0
     at = np.flatnonzero(layer.slot >= 0)
@@ -128,14 +132,14 @@ def crowds(layer: Layer, fleet: Fleet, goal: float) -> Floats:
 
 
 def scan_overwrites(
-    layer: Layer, fleet: Fleet, hot: int, goal: float, price: float
+    layer: Layer, fleet: Fleet, hot: int, goal: float, price: float, floor: float, tolls: Tolls
 ) -> tuple[float, int, int]:
-    """Best overwrite of a spare replica that helps `hot`: (score, slot, expert)."""
+    """Best overwrite of a spare replica that helps `hot`: (score, slot, expert), above `floor`."""
     width, top = fleet.width, layer.time[hot]
     table = crowds(layer, fleet, goal)
     mine = layer.slot[hot * width : hot * width + width]
     everyone = np.arange(layer.load.shape[0])
-    best, chosen, comer = LEAST_SCORE, -1, -1
+    best, chosen, comer = max(LEAST_SCORE, floor), -1, -1
     for at in np.flatnonzero(layer.slot >= 0):
         old, device = int(layer.slot[at]), int(at // width)
         on_hot = device == hot
@@ -172,7 +176,7 @@ def scan_overwrites(
                 layer, fleet, old, leave=to, enter=-1, copies=layer.count[old] - 1
             ) and _covered(layer, fleet, comer, leave=-1, enter=to, copies=layer.count[comer] + 1)
 
-        found, index = _first_best(score, allowed, check if fleet.spread > 1 else None)
+        found, index = _first_best(score, allowed, check if fleet.spread > 1 else None, best)
         if index >= 0:
             best, chosen, comer = found, int(at), int(new[index])
     return best, chosen, comer

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hard_loads import KINDS, hard_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hotset.policies import jit, planner_kernels, planner_layers, planner_scans
+from hotset.policies import jit, planner_kernels, planner_layers, planner_scans, planner_search
 from hotset.policies.place import plan
 from hotset.policies.planner_kernels import Fleet, Layer
 
@@ -62,11 +63,17 @@ def test_both_scans_choose_alike(
     experts = max(2, devices * width - seed % (devices * width))
     layer, fleet = layer_of(seed, devices=devices, width=width, experts=experts, spread=spread)
     hot = int(layer.time.argmax())
+    tolls = planner_search.open_tolls(layer, fleet, price, 0.0)
     for name in ("scan_swaps", "scan_overwrites"):
-        compiled = getattr(planner_kernels, name)(layer, fleet, hot, goal, price)
-        plain = getattr(planner_scans, name)(layer, fleet, hot, goal, price)
-        assert compiled[1:] == plain[1:]
-        assert compiled[0] == pytest.approx(plain[0], rel=1e-12)
+        floor = 0.0
+        for _ in range(2):
+            given = (layer, fleet, hot, goal, price, floor, tolls)
+            compiled = getattr(planner_search, name)(*given)
+            plain = getattr(planner_scans, name)(*given)
+            assert compiled[1:] == plain[1:]
+            assert compiled[0] == pytest.approx(plain[0], rel=1e-12)
+            floor = compiled[0] * 1.5  # nothing is that good
+        assert compiled[1] == -1
 
 
 @settings(max_examples=30, deadline=None)
@@ -94,8 +101,9 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of the planner that finds no numba."""
     monkeypatch.setitem(sys.modules, "numba", None)
     order = (
-        "jit", "planner_flow", "planner_kernels", "planner_pairs", "planner_layers",
-        "shares", "planner_keep", "planner_free", "planner_mix", "place",
+        "jit", "planner_flow", "planner_kernels", "planner_search", "planner_pairs",
+        "planner_layers", "shares", "affinity", "planner_keep", "planner_free", "planner_mix",
+        "place",
     )  # fmt: skip
     for name in order:
         full = f"hotset.policies.{name}"
@@ -104,30 +112,58 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, full, module)
-        monkeypatch.setattr(f"hotset.policies.{name}", module)
+        monkeypatch.setattr(f"hotset.policies.{name}", module, raising=False)
         spec.loader.exec_module(module)
     return sys.modules["hotset.policies.place"]
 
 
-@pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
-def test_plans_are_the_same_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(3)
-    cases: list[dict[str, Any]] = [
+def problems(rng: Any, *, layers: int, rounds: int) -> list[tuple[dict[str, Any], Any, Any]]:
+    """Clusters, a load and a later one: every kind of load, of devices and of demand.
+
+    Seven kinds and six clusters: with each round every kind meets another cluster and split.
+    """
+    clusters: list[dict[str, Any]] = [
         {"num_devices": 8, "num_slots": 40, "num_nodes": 2},
         {"num_devices": 16, "num_slots": 32, "num_nodes": 4, "spread_nodes": 2},
         {"num_devices": 8, "num_slots": 40, "num_nodes": 2, "groups": 4, "speed": [1, 2] * 4},
-    ]
-    load = rng.lognormal(0, 1, (2, 24))
-    drift = load * rng.lognormal(0, 0.1, load.shape)
-    fast = [plan(load, **case) for case in cases]
-    fast_next = [plan(drift, current=p, **c) for p, c in zip(fast, cases, strict=True)]
+        {"num_devices": 6, "num_slots": 48, "num_nodes": 3, "capacity": [5, 5, 8, 8, 8, 6],
+         "speed": [1.0, 3.0] * 3, "cross_node_price": 0.5},
+        {"num_devices": 24, "num_slots": 24},
+        {"num_devices": 2, "num_slots": 60},
+    ]  # fmt: skip
+    found = []
+    for number, kind in enumerate(KINDS * rounds):
+        case = clusters[number % len(clusters)] | {"split": ("even", "free")[number % 2]}
+        load = hard_load(kind, rng, layers=layers, experts=24)
+        then = load * rng.lognormal(0, 0.1, load.shape)
+        if number % 3 == 0:
+            case["target"] = 0.99
+            then = hard_load("tail", rng, layers=layers, experts=24)
+        found.append((case, load, then))
+    windows = rng.lognormal(0, 1, (3, 2, 24))
+    found.append((clusters[0] | {"risk": 0.5}, windows, windows[:2]))
+    counts = rng.pareto(1.0, (1, 24, 24))
+    found.append((clusters[0] | {"co_routing": counts}, windows[0], windows[1]))
+    return found
+
+
+@pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
+@pytest.mark.parametrize(
+    ("layers", "rounds"), [(1, 1), pytest.param(2, 6, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_plans_are_the_same_without_numba(
+    monkeypatch: pytest.MonkeyPatch, layers: int, rounds: int
+) -> None:
+    cases = problems(np.random.default_rng(3), layers=layers, rounds=rounds)
+    firsts = [plan(load, **case) for case, load, _ in cases]
+    seconds = [plan(then, current=p, **c) for p, (c, _, then) in zip(firsts, cases, strict=True)]
     slow = without_numba(monkeypatch)
     assert not sys.modules["hotset.policies.jit"].COMPILED
-    for case, one, two in zip(cases, fast, fast_next, strict=True):
-        again = slow.plan(load, **case)
-        assert (again.physical_to_logical_map == one.physical_to_logical_map).all()
-        later = slow.plan(drift, current=one, **case)
-        assert (later.physical_to_logical_map == two.physical_to_logical_map).all()
+    for (case, load, then), first, second in zip(cases, firsts, seconds, strict=True):
+        pairs = ((slow.plan(load, **case), first), (slow.plan(then, current=first, **case), second))
+        for plain, compiled in pairs:
+            assert (plain.physical_to_logical_map == compiled.physical_to_logical_map).all(), case
+            assert np.allclose(plain.shares, compiled.shares, atol=1e-9), case
 
 
 def test_a_kept_result_is_stale_when_something_built_into_it_changes() -> None:
