@@ -7,8 +7,10 @@ Reads and prints; `policies.place` decides. Must not know Ray. A plan file is on
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import click
 
@@ -21,29 +23,59 @@ if TYPE_CHECKING:
 LOAD_NAMES = ("load", "activations", "counts", "expert_count")
 
 
-def read_load(path: Path, *, name: str | None) -> Any:
-    """Array [L, E] or [W, L, E] of an .npz or .npy file. Raises ConfigError."""
+def _arrays(path: Path) -> dict[str, Any]:
+    """Every array of an .npz file by name, or that of an .npy file under "". Raises ConfigError."""
     import numpy as np
 
     try:
         found = np.load(path)
-    except (OSError, ValueError) as error:
+        return {"": found} if isinstance(found, np.ndarray) else dict(found)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ConfigError(
             f"cannot read {path.name}: {error}", remedy="give an .npz or .npy file of counts"
         ) from error
-    if isinstance(found, np.ndarray):
-        return found
-    with found:
-        names = list(found.files)
-        wanted = [name] if name else [one for one in LOAD_NAMES if one in names]
-        if not wanted and len(names) == 1:
-            wanted = names
-        if not wanted or wanted[0] not in names:
+
+
+def read_load(path: Path, *, name: str | None) -> Any:
+    """Array [L, E] or [W, L, E] of an .npz or .npy file. Raises ConfigError."""
+    arrays = _arrays(path)
+    if len(arrays) == 1 and (name is None or "" in arrays):
+        return next(iter(arrays.values()))
+    for wanted in (name,) if name else LOAD_NAMES:
+        if wanted in arrays:
+            return arrays[wanted]
+    raise ConfigError(
+        f"{path.name} holds {', '.join(arrays) or 'nothing'}",
+        remedy="name the array of counts with --array",
+    )
+
+
+def read_co_routing(path: Path, *, experts: int) -> Any:
+    """Co-routing counts [L - 1, E, E], given as such or as a recorded routing trace.
+
+    Of a trace, `experts` [tokens, L, K], each use of an expert counts with each use in the layer
+    after it. Raises ConfigError.
+    """
+    import numpy as np
+
+    arrays = _arrays(path)
+    trace = arrays.get("experts")
+    if trace is None:
+        if len(arrays) > 1 and "co_routing" not in arrays:
             raise ConfigError(
-                f"{path.name} holds {', '.join(names) or 'nothing'}",
-                remedy="name the array of counts with --array",
+                f"{path.name} holds {', '.join(arrays)}",
+                remedy="name the counts co_routing, or give a routing trace with experts",
             )
-        return found[wanted[0]]
+        return arrays.get("co_routing", next(iter(arrays.values()), None))
+    if trace.ndim != 3 or trace.dtype.kind not in "iu" or not 0 <= trace.max(initial=0) < experts:
+        raise ConfigError(
+            f"{path.name}: experts of shape {trace.shape} do not fit the load's {experts}",
+            remedy="give a trace of the same model: [tokens, layers, experts of a token]",
+        )
+    before, after = trace[:, :-1, :, None].astype(np.int64), trace[:, 1:, None, :].astype(np.int64)
+    pairs = (before * experts + after).swapaxes(0, 1).reshape(trace.shape[1] - 1, -1)
+    counts = [np.bincount(layer, minlength=experts * experts) for layer in pairs]
+    return np.reshape(counts, (-1, experts, experts))
 
 
 def read_current(path: Path) -> Any:
@@ -61,6 +93,7 @@ def read_current(path: Path) -> Any:
 
 def as_json(placement: Placement) -> str:
     """Return the plan and its figures as one JSON object."""
+    crossing = placement.crossing
     return json.dumps({
         "num_devices": placement.num_devices,
         "num_nodes": placement.num_nodes,
@@ -75,6 +108,7 @@ def as_json(placement: Placement) -> str:
         "logical_replica_count": placement.logical_replica_count.tolist(),
         "shares": placement.shares.round(9).tolist(),
         "move_table": placement.move_table.tolist(),
+        "crossing": None if crossing is None else asdict(crossing),
     })  # fmt: skip
 
 
@@ -100,6 +134,11 @@ def render(placement: Placement) -> str:
     reasons = sorted({str(one): 0 for one in placement.reasons})
     counted = (f"{sum(one == reason for one in placement.reasons)} {reason}" for reason in reasons)
     lines.append(f"layers        {', '.join(counted)}")
+    if (crossing := placement.crossing) is not None:
+        lines.append(
+            f"crossing      {crossing.ratio:.2%} of the tokens change node between layers,"
+            f" {crossing.tokens:,.0f}; {crossing.saved_tokens:,.0f} saved"
+        )
     return "\n".join(lines)
 
 
@@ -188,6 +227,12 @@ def draw(placement: Placement, current: Any, path: Path) -> None:
     show_default=True,
     help="0 plans for the mean of the windows, 1 for the worst",
 )
+@click.option(
+    "--co-routing",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="tokens from expert to expert of the next layer, or a routing trace: those that follow"
+    " each other come to one node",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="write the plan here")
 @click.option(
     "--plot",
@@ -199,7 +244,7 @@ def draw(placement: Placement, current: Any, path: Path) -> None:
 def plan_command(  # noqa: PLR0913 - the options, by name
     *, load_path: Path, array: str | None, devices: int, slots: int, nodes: int, groups: int,
     current: Path | None, target: float | None, move_ratio: float | None, split: Any, risk: float,
-    out: Path | None, plot: Path | None, json_out: bool,
+    co_routing: Path | None, out: Path | None, plot: Path | None, json_out: bool,
 ) -> None:  # fmt: skip
     """Plan which device holds which expert, from a recorded load."""
     from hotset.cluster.bench_transport_plot import require_matplotlib
@@ -209,6 +254,9 @@ def plan_command(  # noqa: PLR0913 - the options, by name
         require_matplotlib(plot)
     load = read_load(load_path, name=array)
     before = None if current is None else read_current(current)
+    counts = None
+    if co_routing is not None:
+        counts = read_co_routing(co_routing, experts=load.shape[-1] if load.ndim else 0)
     try:
         found = plan(
             load,
@@ -221,13 +269,17 @@ def plan_command(  # noqa: PLR0913 - the options, by name
             byte_budget=None if move_ratio is None else move_ratio * slots * load.shape[-2],
             split=split,
             risk=risk,
+            co_routing=counts,
         )
     except (ValueError, IndexError) as error:
         raise ConfigError(str(error), remedy="see hotset plan --help") from error
-    if out is not None:
-        out.write_text(as_json(found), encoding="utf-8")
-    if plot is not None:
-        draw(found, before, plot)
+    try:
+        if out is not None:
+            out.write_text(as_json(found), encoding="utf-8")
+        if plot is not None:
+            draw(found, before, plot)
+    except OSError as error:
+        raise ConfigError(str(error), remedy="give a file in a folder that is there") from error
     click.echo(as_json(found) if json_out else render(found))
 
 

@@ -43,6 +43,32 @@ def test_a_plan_is_written_read_and_kept(load: Path, tmp_path: Path) -> None:
     assert np.shape(found["shares"]) == (3, 20)
 
 
+def test_experts_that_follow_each_other_come_to_one_node(load: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    counts = np.kron(np.eye(4), np.ones((4, 4))) * 100 + rng.random((2, 16, 16))
+    np.save(tmp_path / "counts.npy", counts)
+    found = json.loads(
+        run("--load", load, *SIZE, "--co-routing", tmp_path / "counts.npy", "--json").output
+    )
+    assert found["crossing"]["saved_tokens"] > 0
+    assert 0 < found["crossing"]["ratio"] < 0.5
+    trace = tmp_path / "trace.npz"
+    np.savez(trace, experts=rng.integers(0, 16, (50, 3, 2)), pos=np.zeros(50))
+    said = run("--load", load, *SIZE, "--co-routing", trace).output
+    assert "change node between layers" in said
+    assert json.loads(run("--load", load, *SIZE, "--json").output)["crossing"] is None
+
+
+def test_co_routing_of_another_model_is_refused(load: Path, tmp_path: Path) -> None:
+    for name, array in (("experts", np.full((5, 3, 2), 16)), ("co_routing", np.zeros((1, 3, 3)))):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, **{name: array})
+        result = run("--load", load, *SIZE, "--co-routing", path)
+        assert result.exit_code == 2
+        assert name in result.output
+        assert len(result.output.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_picture_is_drawn(load: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
@@ -60,6 +86,7 @@ def test_the_picture_is_drawn(load: Path, tmp_path: Path, ending: str) -> None:
         (("--target", "2"), "target"),
         (("--risk", "-1"), "risk"),
         (("--plot", "plan.gif"), ".svg or .png"),
+        (("--out", "no/such/folder/plan.json"), "folder"),
     ],
 )
 def test_errors_are_one_line_with_a_remedy(load: Path, change: tuple[str, ...], said: str) -> None:
