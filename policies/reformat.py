@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hotset.policies.placement import View
 
 _UNIT = 1024
+RESERVED_SLOTS = 2
+"""Slots of a worker that a plan cannot use: one to decode into, one for the live check."""
 
 
 class Change(NamedTuple):
@@ -85,10 +87,13 @@ def _promote(book: StoreBook, flat: int) -> Change:
 
 
 def fill_planned(view: View, book: StoreBook) -> list[Put]:
-    """Fill a worker that joined with what fits, hottest first, each block in its planned format."""
+    """Fill a worker that joined with what fits, hottest first, each block in its planned format.
+
+    Less `RESERVED_SLOTS`: what would go there is evicted again before it was used.
+    """
     order = view.hot_order()
     order = order[~(book.full | book.reduced | book.coming)[order]]
-    left = book.free_bytes(view.sizes)
+    left = book.free_bytes(view.sizes) - RESERVED_SLOTS * view.sizes.of(0, Format.BF16)
     puts: list[Put] = []
     for flat in order.tolist():
         form = view.planned.get(flat, Format.BF16)
