@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 EXPERTS = 256
 _NBYTES = 1024
-_SLOT = 1088
+_SLOT = 1152  # two halves of 512 bytes with their headers, or one full copy
 _TICK_NS = 10_000_000_000
 _REPORT = 8192
 """Blocks in one report of routed tokens."""

@@ -22,8 +22,12 @@ from hotset.policies.types import Format, Reason, StoreInfo, Tier
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     from hotset.policies.config import PolicyConfig
     from hotset.policies.types import BlockInfo
+
+    Bytes = NDArray[np.int64]
 
 
 LONG_AGO_NS = -(1 << 62)
@@ -52,24 +56,38 @@ class Pending:
 
 
 class Sizes:
-    """Bytes of a slot for each block and format, header and alignment included."""
+    """Bytes of a slot for each block and format, header and alignment included.
+
+    Stores cut their memory into super-slots: one serves a full copy, or two of the largest reduced
+    format and as many of a smaller one as fit. So a full copy may cost more than its bytes.
+    """
 
     def __init__(self, blocks: Sequence[BlockInfo], *, config: PolicyConfig) -> None:
         """Blocks in flat order."""
         header, align = config.slot_header_bytes, config.slot_align_bytes
 
-        def slots(nbytes: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        def slots(nbytes: list[int]) -> Bytes:
             payload = -(-np.array(nbytes, dtype=np.int64) // align) * align
             return payload + header
 
-        self.full = slots([info.nbytes for info in blocks])
-        self.reduced = slots([info.reduced_nbytes for info in blocks])
-        self.smallest = int(min(self.full.min(), self.reduced.min())) if blocks else 0
-        named = {form for info in blocks for form, _ in info.by_format}
-        self._others = {
+        whole = slots([info.nbytes for info in blocks])
+        named = sorted({form for info in blocks for form, _ in info.by_format})
+        reduced = slots([info.reduced_nbytes for info in blocks])
+        others = {
             form: slots([dict(info.by_format).get(form, info.reduced_nbytes) for info in blocks])
-            for form in sorted(named)
+            for form in named
         }
+        half = np.max([reduced, *others.values()], axis=0)
+        half = np.where(half < whole, half, 0)  # one as large as the full copy shares nothing
+        stride = 2 * np.maximum(half, -(-whole // (2 * align)) * align)
+
+        def parts(need: Bytes) -> Bytes:
+            return stride // np.maximum(1, stride // need) // align * align
+
+        self.full = stride
+        self.reduced = parts(reduced)
+        self.smallest = int(min(self.full.min(), self.reduced.min())) if blocks else 0
+        self._others = {form: parts(need) for form, need in others.items()}
 
     def of(self, flat: int, form: Format) -> int:
         """Bytes of a slot that holds the block in this format."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from hotset.policies.books import Sizes
 from hotset.policies.config import PolicyConfig
 from hotset.policies.linkload import LinkLoad
-from hotset.policies.types import BlockId, Reason, Tier  # noqa: TC001 - fields of named tuples
+from hotset.policies.types import BlockId, BlockInfo, Reason, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,7 +157,8 @@ class SimWorker:
 
 
 def slot_bytes(spec: ClusterSpec, config: PolicyConfig | None = None) -> int:
-    """Bytes of a slot: a block's payload, aligned, with its header."""
-    sizes = config or PolicyConfig()
-    align = sizes.slot_align_bytes
-    return -(-spec.block_bytes // align) * align + sizes.slot_header_bytes
+    """Bytes of a slot with a full copy, as the brain counts them."""
+    block = BlockInfo(
+        block=BlockId(0, 0), nbytes=spec.block_bytes, reduced_nbytes=max(1, spec.block_bytes // 2)
+    )
+    return int(Sizes([block], config=config or PolicyConfig()).full[0])

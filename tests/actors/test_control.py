@@ -62,7 +62,7 @@ class Store:
         self.core = core
         self.info = StoreInfo(
             name=name, tier=tier, node="here", incarnation=incarnation,
-            capacity_bytes=slots * (NBYTES + 200),
+            capacity_bytes=slots * 2 * (64 + 640),  # a slot holds two reduced copies
         )  # fmt: skip
         self.copies: dict[tuple[BlockId, Format], Copy] = {}
         self.generations = itertools.count(1)

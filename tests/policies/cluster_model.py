@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 Order = StartTransfer | CancelTransfer | DropCopy | ChangeFormat
 
-SLOT = 64 + 1024
 FULL = 1024
 REDUCED = 576
+SLOT = 2 * (64 + REDUCED)  # of a store: for a full copy, or two reduced ones
 
 
 def blocks_of(layers: int, experts: int) -> list[BlockInfo]:
@@ -75,11 +75,15 @@ class ClusterModel:
         return commands
 
     def join(
-        self, name: str, tier: Tier, *, slots: int, copies: Iterable[Copy] = (), node: str = "n0"
+        self, name: str, tier: Tier, *, slots: float, copies: Iterable[Copy] = (), node: str = "n0"
     ) -> list[Command]:
         incarnation = self.incarnations[name] = self.incarnations.get(name, 0) + 1
         info = StoreInfo(
-            name=name, tier=tier, node=node, incarnation=incarnation, capacity_bytes=slots * SLOT
+            name=name,
+            tier=tier,
+            node=node,
+            incarnation=incarnation,
+            capacity_bytes=int(slots * SLOT),
         )
         held = tuple(replace(copy, store=name, incarnation=incarnation) for copy in copies)
         return self.send(StoreJoined(now_ns=self.now_ns, store=info, copies=held))
