@@ -67,10 +67,6 @@ class _Source:
         """Until a read that is asked for now lands, if those before it are of the same size."""
         return self.overhead_ns + self.wire_ns * (1 + len(self.link))
 
-    def order(self) -> tuple[int, str]:
-        """The cheapest first."""
-        return self.wait_ns(), self.name
-
 
 class _Brain(ClusterBrain):
     """The brain, without the stories of its blocks: nobody reads them here."""
@@ -226,9 +222,16 @@ class SimCluster:
 
     def _cheapest(self, reader: str, flat: int) -> _Source:
         sources = self._sources
-        found = [sources[name] for name in self._holders[flat] if name != reader]
-        found.append(self._storage[reader])
-        return min(found, key=_Source.order)
+        best = self._storage[reader]
+        best_ns = best.wait_ns()
+        for name in self._holders[flat]:
+            source = sources[name]
+            wait_ns = source.wait_ns()
+            if wait_ns > best_ns or name == reader:
+                continue
+            if wait_ns < best_ns or name < best.name:
+                best, best_ns = source, wait_ns
+        return best
 
     def _peer(self, reader: str, flat: int) -> str | None:
         workers = self._workers
