@@ -32,7 +32,8 @@ def _arrays(path: Path) -> dict[str, Any]:
         return {"": found} if isinstance(found, np.ndarray) else dict(found)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ConfigError(
-            f"cannot read {path.name}: {error}", remedy="give an .npz or .npy file of counts"
+            f"{path.name} is no file of arrays of numbers",
+            remedy="give an .npz or .npy file of counts",
         ) from error
 
 

@@ -96,6 +96,16 @@ def test_errors_are_one_line_with_a_remedy(load: Path, change: tuple[str, ...], 
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_a_file_that_holds_no_arrays_is_refused(tmp_path: Path) -> None:
+    for content in (b"", b"{}", b"PK\x03\x04 torn"):
+        path = tmp_path / "load.npz"
+        path.write_bytes(content)
+        result = run("--load", path, *SIZE)
+        assert result.exit_code == 2
+        assert "give an .npz or .npy file" in result.output
+        assert len(result.output.strip().splitlines()) == 1
+
+
 def test_a_file_that_is_no_plan_is_refused(load: Path) -> None:
     result = run("--load", load, *SIZE, "--current", load)
     assert result.exit_code == 2
