@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from hotset.policies.schedule import Service, service_of
-from hotset.policies.types import Format, Reason, StoreInfo, Tier
+from hotset.policies.types import LOSSLESS, Format, Reason, StoreInfo, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,8 +77,8 @@ class Sizes:
             form: slots([dict(info.by_format).get(form, info.reduced_nbytes) for info in blocks])
             for form in named
         }
-        half = np.max([reduced, *others.values()], axis=0)
-        half = np.where(half < whole, half, 0)  # one as large as the full copy shares nothing
+        lossy = [need for form, need in others.items() if form not in LOSSLESS]
+        half = np.max([reduced, *lossy], axis=0)
         stride = 2 * np.maximum(half, -(-whole // (2 * align)) * align)
 
         def parts(need: Bytes) -> Bytes:
@@ -90,8 +90,8 @@ class Sizes:
         self._others = {form: parts(need) for form, need in others.items()}
 
     def of(self, flat: int, form: Format) -> int:
-        """Bytes of a slot that holds the block in this format."""
-        if form is Format.BF16:
+        """Bytes of a slot that holds the block in this format; compressed ones have full slots."""
+        if form in LOSSLESS:
             return int(self.full[flat])
         return int(self._others.get(form, self.reduced)[flat])
 
@@ -151,8 +151,9 @@ class StoreBook:
         if service_of(wish.reason) is Service.BACKGROUND:
             self.later.append(wish)
         else:
+            last = self.queue[-1].due_ns or _NEVER if self.queue else 0
             self.queue.append(wish)
-            if wish.due_ns:
+            if wish.due_ns and wish.due_ns < last:  # else it is in order already
                 self.queue = deque(sorted(self.queue, key=lambda one: one.due_ns or _NEVER))
         if wish.format is Format.BF16:
             self.coming[wish.flat] = True
