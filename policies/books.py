@@ -82,7 +82,8 @@ class Sizes:
         stride = 2 * np.maximum(half, -(-whole // (2 * align)) * align)
 
         def parts(need: Bytes) -> Bytes:
-            return stride // np.maximum(1, stride // need) // align * align
+            part: Bytes = stride // np.maximum(1, stride // need) // align * align
+            return part
 
         self.full = stride
         self.reduced = parts(reduced)
