@@ -132,7 +132,7 @@ def _refused(path: Path, error: ValidationError) -> ConfigError:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "the file"
     said = first["msg"].lower()
-    models = {"tiers": TierModel, "faults": FaultModel}
+    models: dict[str, type[BaseModel]] = {"tiers": TierModel, "faults": FaultModel}
     model = models.get(str(first["loc"][0]), SimConfig) if len(first["loc"]) > 1 else SimConfig
     match first["type"]:
         case "extra_forbidden":
