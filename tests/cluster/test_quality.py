@@ -194,16 +194,17 @@ def test_a_slow_link_without_a_profile_packs_once_its_reader_has_measured_it(
 def test_both_sides_run_on_equal_bytes_and_the_drift_is_measured(
     cluster: LocalCluster, table: Path
 ) -> None:
+    # The table is made up: a budget that the live check does not see broken keeps the plan.
     found = run_equal(
-        DEMO, sensitivity=table, budget_nats=0.002, hbm_ratio=0.3, host_ratio=0.5,
-        cxl_profile="cxl2x8", transport="nixl", tokens=8, rounds=1, say=lambda _text: None,
+        DEMO, sensitivity=table, budget_nats=20.0, hbm_ratio=0.3, host_ratio=0.5,
+        cxl_profile="cxl2x8", transport="nixl", tokens=4, rounds=1, say=lambda _text: None,
         on=nullcontext(cluster),
     )  # fmt: skip
     assert found.full.hbm_bytes == found.mixed.hbm_bytes == found.hbm_bytes
     assert set(found.full.held) <= {"bf16", "bf16z"}
     assert sum(found.mixed.held.values()) > sum(found.full.held.values())
     assert found.mixed.bits_per_weight < found.full.bits_per_weight == 16.0
-    assert found.drift.tokens == found.tokens == 32
+    assert found.drift.tokens == found.tokens == 16
     assert found.inside == (found.drift.upper <= found.budget_nats)
-    assert json.loads(json.dumps(found.to_json()))["budget_nats"] == 0.002
-    assert "budget 0.002" in render(found)
+    assert json.loads(json.dumps(found.to_json()))["budget_nats"] == 20.0
+    assert "budget 20" in render(found)
