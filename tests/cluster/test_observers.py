@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -53,3 +55,10 @@ def test_controller_and_folder_tell_the_same(
         assert live.run.timeline.unknown == 0
         assert not live.run.guessed
         assert run.run in render(now, run=live.run.spec.run)
+        asked = subprocess.run(
+            [sys.executable, "-m", "hotset", "status", "--address", cluster.address,
+             "--run", run.run],
+            capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert asked.returncode == 0, asked.stderr
+        assert run.run in asked.stdout
