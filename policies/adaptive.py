@@ -22,6 +22,7 @@ little left to choose; what helps is to stream the next layer's in time, so more
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,16 @@ _USE_FADE = 0.08
 """Weight of the newest pass in `expected_use`, a half-life of about eight passes."""
 
 
+@lru_cache(maxsize=4)
+def _names(layers: tuple[int, ...], size: int) -> tuple[tuple[tuple[int, int], Resident], ...]:
+    """Each flat index as a block and as its full copy: devices of one shape share them."""
+    return tuple(
+        ((layer, expert), Resident(layer, expert, Format.BF16))
+        for layer in layers
+        for expert in range(size)
+    )
+
+
 class DeviceResidency(DeviceTable):
     """Staged prediction for eviction and prefetch, under a budget of loads."""
 
@@ -88,6 +99,8 @@ class DeviceResidency(DeviceTable):
         self._absent = np.ones(rows * size, dtype=np.bool_)
         self._recent_use = np.zeros(rows * size, dtype=np.float32)
         self._found = np.empty(rows * size, dtype=np.int64)
+        self._names = _names(shape.layers, size)
+        self._cheapest = self._rank.argmin
         self._alone = np.empty(0, dtype=np.float32)
         self._paths: dict[int, Path] = {}
         self._usual = 0.0
@@ -204,7 +217,8 @@ class DeviceResidency(DeviceTable):
             self._prefetch_bar() if proposes else _NOTHING32,
         )  # fmt: skip
         if count:
-            self._propose(row, count, into=into)
+            names = self._names
+            into.extend([names[flat][0] for flat in self._found[:count].tolist()])
         used = len(now)
         if row == self._rows - 1:
             self._end_pass(path, learn=used <= _USUAL_RATIO * self._usual)
@@ -224,17 +238,6 @@ class DeviceResidency(DeviceTable):
         if self._floor > bar and self.used_bytes + self.full_nbytes > self.capacity_bytes:
             bar = self._floor
         return np.float32(bar)
-
-    def _propose(self, row: int, count: int, *, into: list[tuple[int, int]]) -> None:
-        """Append the `count` candidates found for the rows ahead, likeliest first."""
-        size, rows, layers = self.num_experts, self._rows, self.layers
-        columns = self._found[:count].tolist()
-        if count > 1:
-            columns.sort(key=self.predictor.odds.item, reverse=True)
-            del columns[self._most :]
-        for column in columns:
-            distance, expert = divmod(column, size)
-            into.append((layers[(row + distance) % rows], expert))
 
     def _end_pass(self, path: Path, *, learn: bool) -> None:
         used = self.predictor.finish_pass(path, learn=learn)
@@ -273,14 +276,14 @@ class DeviceResidency(DeviceTable):
             return super().victim(want_bytes, needed=needed)
         if self.used_bytes + want_bytes <= self.capacity_bytes:
             return None
-        flat = int(self._rank.argmin())
-        form = self._format[flat]
+        flat = self._cheapest()
         value = self._rank.item(flat)
+        form = self._format[flat]
         if form is None or value == _NOTHING:
             return None
         self._floor = value
-        row, expert = divmod(flat, self.num_experts)
-        return Resident(self.layers[row], expert, form)
+        full = self._names[flat][1]
+        return full if form is full.format else full._replace(format=form)
 
     # --- the books --------------------------------------------------------------------------
 

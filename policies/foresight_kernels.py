@@ -130,9 +130,13 @@ def _revalue(
         own = odds[place] * far_weight
         odds[place] = own
         far[first + place] = own + others[place] if len(others) else own
-    for column in range(len(odds)):
-        flat = (first + column) % total
-        worth = far[flat] + odds[column]
+    end = first + len(odds)
+    for flat in range(first, min(end, total)):
+        worth = far[flat] + odds[flat - first]
+        value[flat] = worth
+        rank[flat] = worth * held[flat]
+    for flat in range(end - total):
+        worth = far[flat] + odds[flat + total - first]
         value[flat] = worth
         rank[flat] = worth * held[flat]
 
@@ -158,9 +162,9 @@ def _candidates(
     odds: Floats, absent: Bools, found: Ints, row: int, size: int, ahead: int, most: int,
     bar: np.float32,
 ) -> int:  # fmt: skip
-    """Write the columns of absent blocks whose odds beat the bar to `found`; return how many.
+    """Write the absent blocks whose odds beat the bar to `found`, likeliest first; say how many.
 
-    Of the next `ahead` rows; no row is looked at once `most` were found.
+    Of the next `ahead` rows; no row is looked at once `most` were found, and no more are written.
     """
     count = 0
     total = len(absent)
@@ -168,9 +172,22 @@ def _candidates(
         if count >= most:
             break
         for column in range(distance * size, (distance + 1) * size):
-            if odds[column] > bar and absent[(row * size + column) % total]:
-                found[count] = column
+            chance = odds[column]
+            if not (chance > bar and absent[(row * size + column) % total]):
+                continue
+            at = count
+            if count < most:
                 count += 1
+            else:
+                at = most - 1
+                if odds[found[at]] >= chance:
+                    continue
+            while at > 0 and odds[found[at - 1]] < chance:
+                found[at] = found[at - 1]
+                at -= 1
+            found[at] = column
+    for at in range(count):
+        found[at] = (row * size + found[at]) % total
     return count
 
 
@@ -178,16 +195,17 @@ def _candidates_numpy(
     odds: Floats, absent: Bools, found: Ints, row: int, size: int, ahead: int, most: int,
     bar: np.float32,
 ) -> int:  # fmt: skip
-    count = 0
+    columns = np.empty(0, dtype=np.int64)
     for distance in range(1, ahead + 1):
-        if count >= most:
+        if len(columns) >= most:
             break
         first = (row + distance) * size % len(absent)
         mask = odds[distance * size : (distance + 1) * size] > bar
         here = (mask & absent[first : first + size]).nonzero()[0]
-        found[count : count + len(here)] = here + distance * size
-        count += len(here)
-    return count
+        columns = np.concatenate([columns, here + distance * size])
+    best = columns[np.argsort(-odds[columns], kind="stable")[:most]]
+    found[: len(best)] = (row * size + best) % len(absent)
+    return len(best)
 
 
 candidates = _candidates if COMPILED else _candidates_numpy

@@ -66,11 +66,52 @@ def test_a_visit_is_the_same_in_both_forms(
         args = (one["weights"], one["base"], one["logits"], one["stages"], one["odds"], now)
         rest = (one[key] for key in ("others", "far", "value", "held", "rank", "absent", "found"))
         count = call(*args, *rest, row, scale, weight, ahead, 3, bar)
+        assert count <= 3
         forms.append((count, one))
     (count, one), (other_count, other) = forms
     assert count == other_count
     for key, array in one.items():
         assert array.tobytes() == other[key].tobytes(), key
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**20), acts=st.lists(st.sampled_from("rfffvpud"), max_size=80))
+def test_the_victim_is_the_evictable_copy_of_the_lowest_rank(seed: int, acts: list[str]) -> None:
+    shape = DeviceShape(
+        layers=(2, 5, 6), num_experts=16, full_nbytes=2, reduced_nbytes=1, capacity_bytes=50
+    )
+    policy, random, visits = make_policy("hotset", shape), np.random.default_rng(seed), 0
+    pinned: list[tuple[int, int]] = []
+    for act in acts:
+        free = [one[:2] for one in policy.residents() if one[:2] not in pinned]
+        some = free[int(random.integers(len(free)))] if free else None
+        block = shape.layers[int(random.integers(3))], int(random.integers(16))
+        if act == "r":
+            chosen = random.choice(16, 3, replace=False).tolist()
+            policy.routed(shape.layers[visits % 3], chosen, [1, 1, 1], step=visits // 3)
+            visits += 1
+        elif act == "p" and some:
+            pinned.append(some)
+            policy.pin(*some)
+        elif act == "u" and pinned:
+            policy.unpin(*pinned.pop())
+        elif act == "d" and some:
+            policy.demoted(*some)
+        elif act == "f" and policy.format(*block) is None and policy.room(2):
+            policy.in_flight(*block)
+            policy.landed(*block)
+        found = policy.victim(51)
+        assert found == lowest_copy(policy, shape)
+        if act == "v" and found:
+            policy.dropped(*found[:2])
+
+
+def lowest_copy(policy: Any, shape: DeviceShape) -> Any:
+    ranks = policy.ranks()
+    row, expert = divmod(int(ranks.argmin()), shape.num_experts)
+    if ranks[row, expert] == np.inf:
+        return None
+    return (shape.layers[row], expert, policy.format(shape.layers[row], expert))
 
 
 @needs_numba
