@@ -9,6 +9,7 @@ Knows Ray; must not know what commands mean.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import traceback
@@ -129,9 +130,15 @@ class Membership:
             )
 
     def stop(self) -> None:
-        """Stop beating; the controller will count the store as lost."""
+        """Say what is left to say and stop beating; the controller will count the store as lost."""
         self._stop.set()
         self._thread.join(timeout=5)
+        if not self._joined or self._thread.is_alive() or self.lease.fenced:
+            return
+        events = self._store.take_events() + self._callbacks.events()
+        if events:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError, OSError, StaleEpochError):
+                self._call("heartbeat", self._heartbeat(events))
 
     def _loop(self) -> None:
         while not self._stop.is_set():

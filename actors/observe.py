@@ -164,14 +164,24 @@ class Observer:
             return Recording(requests=requests, cut=self._cut)
 
     def reports(
-        self, store: str, *, requests: int, used_bytes: int, links: Mapping[str, LinkSums]
+        self,
+        store: str,
+        *,
+        requests: int,
+        used_bytes: int,
+        links: Mapping[str, LinkSums],
+        last: bool = False,
     ) -> list[Event]:
-        """Events since the last report; none within a second of it, and none while all rests."""
+        """Events since the last report; none within a second of it, and none while all rests.
+
+        The `last` one does not wait for its second.
+        """
         now_ns = time.monotonic_ns()
         span_ns = now_ns - self._told_ns
         with self._lock:
             busy = bool(self._sums.steps or self._sums.visits)
-            if span_ns < REPORT_NS or not (busy or links != self._links):
+            early = span_ns < (1 if last else REPORT_NS)
+            if early or not (busy or links != self._links):
                 return []
             sums, self._sums = self._sums, _Sums()
         self._told_ns = now_ns

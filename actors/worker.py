@@ -182,6 +182,7 @@ class GPUWorker:
                 move=self._spec.move,
             ),
         )
+        self._leaves = False
         self._observer = Observer(self._path, layers=catalog.layers, record=self._spec.record)
         self._wire = WireMeter(
             catalog=catalog, fetcher=self._parts.fetcher, directory=self._parts.directory,
@@ -391,6 +392,7 @@ class GPUWorker:
     @ray.method(concurrency_group="ctl")
     def close(self) -> None:
         """Leave: stop beating, ship what is left."""
+        self._leaves = True
         if self._parts.membership is not None:
             self._parts.membership.stop()
         self._parts.flush()
@@ -437,6 +439,7 @@ class GPUWorker:
             requests=self._requests,
             used_bytes=self._parts.slab.used_bytes,
             links=self._parts.fetcher.uses,
+            last=self._leaves,
         )
         if self._canary is not None:
             events += self._canary.take_events()

@@ -76,6 +76,11 @@ def test_layer_times_leave_stalls_and_prefills_out(clock: SimpleNamespace) -> No
     assert isinstance(again, Pressure)
     assert again.links[0].busy_ns == again.links[0].span_ns
     assert again.links[0].nbytes == 1000
+    step(observer, path, clock, rows=1, seed=9)
+    assert observer.reports("w0", **told) == []
+    leaving = by_kind(observer.reports("w0", **told, last=True))
+    assert leaving["Concurrency"].tokens == 1
+    assert observer.reports("w0", **told, last=True) == []
 
 
 def test_recordings_hold_every_token_in_order(clock: SimpleNamespace) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ray
 
-TOKENS = 120
-"""Enough for several seconds of work: load is reported once a second."""
+TOKENS = 24
+"""Less than a second of work for most machines: what is left to report is told at the end."""
 
 
 def test_a_recorded_run_can_be_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_a_recorded_run_can_be_replayed(tmp_path: Path, monkeypatch: pytest.Monk
     assert {"StoreJoined", "RouterCounts", "CopyLanded"} <= kinds
     assert {"Concurrency", "Pressure", "LayerTimes"} <= kinds, "the worker reports its load"
     load = [fields for kind, fields in events if kind == "Concurrency"]
-    assert sum(one["tokens"] for one in load) > TOKENS
+    assert sum(one["tokens"] for one in load) == trace.tokens, "the end of the run is in it"
     times = [fields for kind, fields in events if kind == "LayerTimes"]
     assert all(
         0 < one["experts_ns"] <= sum(ns for _, ns in one["times"]) and len(one["times"]) == 6
