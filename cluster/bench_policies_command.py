@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hotset.cluster.console import say, silent
-from hotset.cluster.options import json_option
+from hotset.cluster.options import json_option, policies_option, rounds_option, tokens_option
 from hotset.dashboards.text import table
 
 if TYPE_CHECKING:
@@ -25,27 +25,9 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Hugging Face directory of a Mixture-of-Experts model; default: the demo model",
 )
-@click.option(
-    "--policies",
-    default="hotset,lru,load-on-demand",
-    show_default=True,
-    metavar="NAME,...",
-    help="residency policies; the first is held against the others",
-)
-@click.option(
-    "--tokens",
-    type=click.IntRange(min=8),
-    default=64,
-    show_default=True,
-    help="tokens of each request",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="requests of each policy, in turns, after one to warm up",
-)
+@policies_option("; the first is held against the others")
+@tokens_option()
+@rounds_option("requests of each policy, in turns, after one to warm up")
 @click.option(
     "--hbm-ratio",
     type=float,

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hotset.cluster.console import say, silent
-from hotset.cluster.options import json_option
+from hotset.cluster.options import json_option, policies_option, rounds_option, tokens_option
 
 
 @click.command("record")
@@ -142,27 +142,9 @@ def bench_brain_command(*, blocks: str, repeat: int, as_json: bool) -> None:
 
 
 @click.command("simulate")
-@click.option(
-    "--policies",
-    default="hotset,lru,load-on-demand",
-    show_default=True,
-    metavar="NAME,...",
-    help="residency policies, one live run each",
-)
-@click.option(
-    "--tokens",
-    type=click.IntRange(min=8),
-    default=64,
-    show_default=True,
-    help="tokens of each request",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="calibrating and tested requests of a run, in turns",
-)
+@policies_option(", one live run each")
+@tokens_option()
+@rounds_option("calibrating and tested requests of a run, in turns")
 @click.option(
     "--runs",
     type=click.IntRange(min=1),

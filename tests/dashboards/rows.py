@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from hypothesis import strategies as st
 
 from hotset.actors.clock import ClockOffset
 from hotset.actors.spans import RowBatch, SpanWriter
@@ -12,6 +13,7 @@ from hotset.policies.types import Tier
 from hotset.transport.records import NO_NAME, ROW
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 STORES = {"worker-0": Tier.HBM, "worker-1": Tier.HBM, "host-0": Tier.HOST}
@@ -38,6 +40,34 @@ class Event(NamedTuple):
     index: int = 0
     request: int = 1
     code: int = 0
+
+
+def some_events(
+    kinds: Sequence[int], *, codes: Sequence[int] = (0,), most: int
+) -> st.SearchStrategy[list[Event]]:
+    """One to `most` short rows of all stores that overlap, wait for and belong to one another."""
+    return st.lists(
+        st.builds(
+            Event,
+            store=st.sampled_from(list(STORES)),
+            kind=st.sampled_from(list(kinds)),
+            start=st.integers(0, 60),
+            length=st.integers(0, 25),
+            source=st.sampled_from([0, 1, 2, 3]),
+            waits_for=st.integers(0, 9),
+            parent=st.integers(0, 9),
+            used=st.integers(0, 1),
+            reason=st.sampled_from([DEMAND, PREFETCH]),
+            phases=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
+            request=st.integers(0, 2),
+            nbytes=st.integers(0, 9),
+            layer=st.just(0),
+            index=st.just(0),
+            code=st.sampled_from(list(codes)),
+        ),
+        min_size=1,
+        max_size=most,
+    )
 
 
 def write_run(folder: Path, events: list[Event], **batch: Any) -> Path:

@@ -16,7 +16,7 @@ from hotset.dashboards.critical import walk
 from hotset.dashboards.trace import analyze, load
 from hotset.dashboards.trace_stalls import costliest_stalls
 from hotset.transport.records import Code, Kind
-from tests.dashboards.rows import DEMAND, NAMES, PREFETCH, STORES, T0, Event, write_run
+from tests.dashboards.rows import NAMES, PREFETCH, STORES, T0, Event, some_events, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,28 +25,7 @@ if TYPE_CHECKING:
 
 KINDS = [Kind.STEP, Kind.LAYER, Kind.TRANSFER, Kind.TRANSFER, Kind.WAIT, Kind.WAIT, Kind.DISPATCH,
          ControlKind.USE]  # fmt: skip
-events = st.lists(
-    st.builds(
-        Event,
-        store=st.sampled_from(list(STORES)),
-        kind=st.sampled_from(KINDS),
-        start=st.integers(0, 60),
-        length=st.integers(0, 25),
-        source=st.sampled_from([0, 1, 2, 3]),
-        waits_for=st.integers(0, 9),
-        parent=st.integers(0, 9),
-        used=st.integers(0, 1),
-        reason=st.sampled_from([DEMAND, PREFETCH]),
-        phases=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
-        request=st.integers(0, 2),
-        nbytes=st.integers(0, 9),
-        layer=st.just(0),
-        index=st.just(0),
-        code=st.sampled_from([Code.OK, Code.OK, Code.OK, Code.FAILED]),
-    ),
-    min_size=1,
-    max_size=20,
-)
+events = some_events(KINDS, codes=[Code.OK, Code.OK, Code.OK, Code.FAILED], most=20)
 
 
 @pytest.fixture(scope="module")

@@ -18,33 +18,12 @@ from hotset.dashboards.trace import analyze, load
 from hotset.dashboards.trace_html import render_html, stall_bins
 from hotset.dashboards.trace_text import render_text, to_json
 from hotset.transport.records import Code, Kind
-from tests.dashboards.rows import DEMAND, NAMES, PREFETCH, STORES, Event, write_run
+from tests.dashboards.rows import NAMES, PREFETCH, Event, some_events, write_run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-events = st.lists(
-    st.builds(
-        Event,
-        store=st.sampled_from(list(STORES)),
-        kind=st.sampled_from([*Kind, Kind.STEP, Kind.WAIT, Kind.WAIT, ControlKind.USE]),
-        start=st.integers(0, 60),
-        length=st.integers(0, 25),
-        source=st.sampled_from([0, 1, 2, 3]),
-        waits_for=st.integers(0, 9),
-        parent=st.integers(0, 9),
-        used=st.integers(0, 1),
-        reason=st.sampled_from([DEMAND, PREFETCH]),
-        phases=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
-        request=st.integers(0, 2),
-        nbytes=st.integers(0, 9),
-        layer=st.just(0),
-        index=st.just(0),
-        code=st.just(0),
-    ),
-    min_size=1,
-    max_size=18,
-)
+events = some_events([*Kind, Kind.STEP, Kind.WAIT, Kind.WAIT, ControlKind.USE], most=18)
 
 
 @given(events)
