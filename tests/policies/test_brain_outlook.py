@@ -187,7 +187,9 @@ def test_below_the_floor_no_format_changes() -> None:
     assert not any(isinstance(c, ChangeFormat) for c in tick(model))
 
 
-@pytest.mark.parametrize("traffic", ["constant", "none", "no telemetry"])
+@pytest.mark.parametrize(
+    "traffic", ["constant", "none", "no telemetry", "traffic ends", "telemetry ends"]
+)
 def test_nothing_moves_once_it_has_settled(traffic: str) -> None:
     model = two_tiers(PolicyConfig(hbm_reduced_ratio=0.25, default_floor=Format.INT8))
     rng = np.random.default_rng(1)
@@ -195,9 +197,10 @@ def test_nothing_moves_once_it_has_settled(traffic: str) -> None:
     moved = 0
     for turn in range(60):
         model.now_ns += 2 * SECOND
-        if traffic != "none":
+        ended = turn >= 20
+        if traffic != "none" and not (ended and traffic == "traffic ends"):
             model.send(RouterCounts(now_ns=model.now_ns, store="w0", counts=counts, tokens=500))
-        if traffic == "constant":
+        if traffic == "constant" or (not ended and traffic.endswith("ends")):
             times = tuple((layer, 400_000) for layer in range(4))
             for event in (
                 LayerTimes(now_ns=model.now_ns, store="w0", steps=500, times=times),
