@@ -41,16 +41,15 @@ def test_controller_and_folder_tell_the_same(
             now, cells = live.run.moment(at_ns=None, now_ns=time.time_ns(), live=True)
             _, others = recorded.run.moment(at_ns=now.at_ns, now_ns=now.at_ns, live=False)
             told = {store.name: store.blocks for store in status.stores}
-            return {one.name: one.blocks for one in now.stores} == told and (
-                cells.shape == others.shape and bool((cells == others).all())
-            )
+            same = cells.shape == others.shape and bool((cells == others).all())
+            # Workers report tokens with a heartbeat, some time after a request has ended.
+            return {one.name: one.blocks for one in now.stores} == told and same and now.tokens > 0
 
         eventually(agree, what="the page agrees with the controller's status")
         now, _ = live.run.moment(at_ns=None, now_ns=time.time_ns(), live=True)
         assert now.live
         assert recorded.live
         assert sum(now.states.values()) == live.run.timeline.blocks
-        assert now.tokens > 0
         assert now.decisions
         assert live.run.timeline.unknown == 0
         assert not live.run.guessed
