@@ -48,16 +48,18 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
-from hotset.errors import PeerGoneError, TransportError
+from hotset.errors import UNREADABLE, PeerGoneError, TransportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hotset.transport.slab import Slab, Slot
+
+_T = TypeVar("_T")
 
 
 class Priority(enum.IntEnum):
@@ -238,6 +240,17 @@ def other_backend(peer: PeerInfo, mine: str) -> TransportError:
         f"store {peer.name!r} speaks {peer.backend!r}, this one {mine!r}",
         remedy="start all stores of a cluster with one backend",
     )
+
+
+def unpack_metadata(decoder: msgspec.msgpack.Decoder[_T], peer: PeerInfo) -> _T:
+    """What a peer's backend has to add. Raises TransportError when it is damaged."""
+    try:
+        return decoder.decode(peer.backend_metadata)
+    except UNREADABLE as error:
+        raise TransportError(
+            f"the metadata of {peer.name!r} is damaged ({error})",
+            remedy="ask the store for it anew",
+        ) from error
 
 
 def registered_twice() -> TransportError:

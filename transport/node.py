@@ -17,8 +17,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hotset.errors import UNREADABLE, PeerGoneError, TransportError
-from hotset.transport.base import Backend, PeerInfo, PostState, other_backend, refuse_older
+from hotset.errors import PeerGoneError, TransportError
+from hotset.transport.base import (
+    Backend,
+    PeerInfo,
+    PostState,
+    other_backend,
+    refuse_older,
+    unpack_metadata,
+)
 from hotset.transport.nixl import NixlBackend
 from hotset.transport.place import is_here
 from hotset.transport.shm import ShmBackend, describe
@@ -95,7 +102,7 @@ class NodeBackend(Backend):
         known = self._peers.get(peer.name)
         refuse_older(peer, known)
         if peer.backend == self.name:
-            metadata = _decode(peer)
+            metadata = unpack_metadata(_METADATA, peer)
         elif peer.backend == self._nixl.name:
             metadata = _Metadata(nixl=peer.backend_metadata, shm=b"")
         else:
@@ -182,13 +189,3 @@ class NodeBackend(Backend):
         if self._shm is not None:
             self._shm.close()
         self._nixl.close()
-
-
-def _decode(peer: PeerInfo) -> _Metadata:
-    try:
-        return _METADATA.decode(peer.backend_metadata)
-    except UNREADABLE as error:
-        raise TransportError(
-            f"the metadata of {peer.name!r} is damaged ({error})",
-            remedy="ask the store for it anew",
-        ) from error

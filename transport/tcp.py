@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from hotset.errors import UNREADABLE, PeerGoneError, TransportError
+from hotset.errors import PeerGoneError, TransportError
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -36,6 +36,7 @@ from hotset.transport.base import (
     refuse_outside,
     registered_twice,
     require_own,
+    unpack_metadata,
 )
 from hotset.transport.handshake import Identity
 from hotset.transport.listener import Listener, check_host
@@ -225,13 +226,7 @@ def _nobody() -> None:
 
 
 def _decode(peer: PeerInfo) -> _Place:
-    try:
-        place = _PLACE.decode(peer.backend_metadata)
-    except UNREADABLE as error:
-        raise TransportError(
-            f"the metadata of {peer.name!r} is damaged ({error})",
-            remedy="ask the store for it anew",
-        ) from error
+    place = unpack_metadata(_PLACE, peer)
     if not 0 < place.port < 1 << 16:
         raise TransportError(
             f"the metadata of {peer.name!r} names port {place.port}",

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from hotset.errors import UNREADABLE, HotsetError, PeerGoneError, TransportError
+from hotset.errors import HotsetError, PeerGoneError, TransportError
 from hotset.transport.base import (
     Backend,
     PeerInfo,
@@ -39,6 +39,7 @@ from hotset.transport.base import (
     refuse_outside,
     registered_twice,
     require_own,
+    unpack_metadata,
 )
 from hotset.transport.listener import check_host
 from hotset.transport.nixl_lane import merge
@@ -123,13 +124,7 @@ class UcxBackend(Backend):
         if peer.backend != self.name:
             raise other_backend(peer, self.name)
         refuse_older(peer, known)
-        try:
-            door = _DOOR.decode(peer.backend_metadata)
-        except UNREADABLE as error:
-            raise TransportError(
-                f"the metadata of {peer.name!r} is damaged ({error})",
-                remedy="ask the store for it anew",
-            ) from error
+        door = unpack_metadata(_DOOR, peer)
         self._order(lambda thread: thread.reads.connect(peer, door.host, door.port))
         self._peers[peer.name] = peer
 
