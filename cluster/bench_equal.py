@@ -11,13 +11,12 @@ cheaply counts as the plan says.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hotset.cluster.config import RunConfig
+from hotset.cluster.console import machine
 from hotset.cluster.front import Front
 from hotset.cluster.local import local_cluster, quiet_environment
 from hotset.errors import ClusterError, ConfigError
@@ -250,6 +249,5 @@ def _result(  # noqa: PLR0913 - the parts of the answer, by keyword
             for one, other in zip(left, right, strict=True)
         ),
         emulated=runs["bf16"].emulated,
-        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}",
+        machine=machine(),
     )

@@ -12,8 +12,6 @@ counted.
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ import numpy as np
 from hotset.actors import names
 from hotset.cluster.bench_simulate_prices import requests_of, steps_of
 from hotset.cluster.config import RunConfig
+from hotset.cluster.console import machine
 from hotset.cluster.front import Front
 from hotset.cluster.local import local_cluster, quiet_environment
 from hotset.dashboards.otlp import read_run
@@ -128,9 +127,7 @@ def run_bench(  # noqa: PLR0913 - the options of the command
     first = runs[policies[0]]
     return Policies(
         model=model.name, tokens=tokens, rounds=rounds, sides=tuple(sides.values()),
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}",
-        emulated=first.emulated,
+        machine=machine(), emulated=first.emulated,
     )  # fmt: skip
 
 

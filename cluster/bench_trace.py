@@ -24,7 +24,7 @@ import numpy as np
 
 from hotset.cluster.bench_trace_sink import sink
 from hotset.cluster.bench_trace_tokens import CHANGE_BOUND, WAYS, measure_tokens
-from hotset.cluster.console import say, silent
+from hotset.cluster.console import machine, say, silent
 from hotset.cluster.options import json_option
 from hotset.dashboards.text import table
 
@@ -228,7 +228,7 @@ def measure(*, rounds: int, tokens: int, seconds: float, tell: Callable[[str], N
                 deployment.stop()
             actors = _actors(seconds=seconds, tell=tell)
     return Cost(
-        machine=_machine(), append_ns=appending, tokens=found, spans_per_token=rows,
+        machine=machine(), append_ns=appending, tokens=found, spans_per_token=rows,
         actors=actors,
     )  # fmt: skip
 
@@ -244,16 +244,6 @@ def _actors(*, seconds: float, tell: Callable[[str], None]) -> tuple[Actor, ...]
             hung = {"frozen": one.freeze, "closed": one.end}.get(kind)
             found.append(measure_actor(kind, one.settings, seconds=seconds, hung=hung))
     return tuple(found)
-
-
-def _machine() -> str:
-    import os
-    import platform
-
-    return (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}"
-    )
 
 
 def render(cost: Cost) -> str:

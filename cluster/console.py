@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 import click
 
 
@@ -12,3 +15,11 @@ def say(text: str) -> None:
 
 def silent(_text: str) -> None:
     """Take what `say` would have told, where only the result is wanted."""
+
+
+def machine() -> str:
+    """Where a figure is measured, in a line: processor, cores, Python, load."""
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}"
+    )

@@ -23,11 +23,21 @@ from hotset.transport.slots import slot_stride
 from hotset.transport.storage import StorageReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from hotset.transport.base import LinkProfile
 
 DEADLINE_S = 20.0
+
+
+def until(condition: Callable[[], bool], *, what: str) -> None:
+    """Wait for it, at most DEADLINE_S."""
+    pace = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.005)):
+        if condition():
+            return
+        pace.wait(0.005)
+    raise AssertionError(f"{what} did not come true")
 
 
 class Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +42,11 @@ from hotset.transport.inbox import Inbox
 from hotset.transport.loopback import Fault
 from hotset.transport.records import ROW, Ring
 from hotset.transport.slots import part_bytes, slot_parts
-from tests.actors.node import DEADLINE_S, Node, truth
+from tests.actors.node import DEADLINE_S, Node, truth, until
 from tests.blocks.expert_modules import Silu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from hotset.blocks.checkpoint import Catalog
     from hotset.policies.types import Event
@@ -135,15 +134,6 @@ def flat(weights: Any) -> torch.Tensor:
 
 def payload_of(catalog: Catalog, block: BlockId) -> torch.Tensor:
     return torch.frombuffer(bytearray(truth(catalog, block)), dtype=torch.uint8)
-
-
-def until(condition: Callable[[], bool], *, what: str) -> None:
-    pace = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.005)):
-        if condition():
-            return
-        pace.wait(0.005)
-    raise AssertionError(f"{what} did not come true")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,25 +19,14 @@ from hotset.policies.wire import (
     should_pack,
 )
 from hotset.transport.base import LinkProfile
-from tests.actors.node import DEADLINE_S, Node, truth
+from tests.actors.node import Node, truth, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from hotset.blocks.checkpoint import Catalog
     from hotset.transport.loopback import LoopbackNetwork
 
 BLOCKS = 12
 SLOW = LinkProfile(bandwidth_bytes_per_s=2_000_000, latency_ns=1_000, emulated=True)
-
-
-def until(condition: Callable[[], bool], *, what: str) -> None:
-    pace = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.005)):
-        if condition():
-            return
-        pace.wait(0.005)
-    raise AssertionError(f"{what} did not come true")
 
 
 class Pair:
