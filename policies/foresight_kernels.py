@@ -15,6 +15,7 @@ a dozen calls, most of whose time is not arithmetic.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -154,9 +155,6 @@ def _revalue_numpy(
     rank[flat] = value[flat] * held[flat]
 
 
-revalue = _revalue if COMPILED else _revalue_numpy
-
-
 @compiled
 def _candidates(
     odds: Floats, absent: Bools, found: Ints, row: int, size: int, ahead: int, most: int,
@@ -206,9 +204,6 @@ def _candidates_numpy(
     best = columns[np.argsort(-odds[columns], kind="stable")[:most]]
     found[: len(best)] = (row * size + best) % len(absent)
     return len(best)
-
-
-candidates = _candidates if COMPILED else _candidates_numpy
 
 
 @compiled
@@ -298,8 +293,9 @@ def _learn_numpy(
 learn = _learn if COMPILED else _learn_numpy
 
 
+@cache
 def warm() -> None:
-    """Compile or load everything, so that no request waits for it."""
+    """Compile or load everything, once, so that no request waits for it."""
     rows, size, width = 2, 2, 4
     weights = np.zeros((rows, size, width), dtype=np.float32)
     table = np.zeros((rows, size), dtype=np.float32)
