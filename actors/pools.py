@@ -34,7 +34,7 @@ class MemoryPool:
             nbytes=self._spec.payload_nbytes(self._parts.catalog.block_nbytes),
             packer=self._packer,
             packs=self._spec.packs,
-            by_profile=self._spec.tier == Tier.CXL,
+            by_profile=self._told,
         )
         self._parts.join(
             command=self._core.command,
@@ -46,9 +46,12 @@ class MemoryPool:
     def _packer(self) -> Packer:
         from hotset.actors.packing import Packer  # imports torch: only a pool that encodes does
 
-        # A host pool's readers are near or far: what its link gives, only they can say.
-        told = self._spec.tier == Tier.CXL
-        return Packer(self._parts.catalog.layout, link=self._spec.link if told else None)
+        return Packer(self._parts.catalog.layout, link=self._spec.link if self._told else None)
+
+    @property
+    def _told(self) -> bool:
+        """Whether it knows its link: readers of a host pool are near or far, as they alone see."""
+        return self._spec.tier == Tier.CXL
 
     def __repr__(self) -> str:
         """What the Ray dashboard shows beside each log line."""
