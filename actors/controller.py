@@ -166,7 +166,7 @@ class Controller:
         """Let all nodes' telemetry keep the seconds before an alert; never waits."""
         name = self._core.spec.telemetry
         with contextlib.suppress(ray.exceptions.RayError, ValueError):  # it is away: no dump
-            ray.get_actor(name, namespace=NAMESPACE).alarm.remote(f"alert_{kind}")
+            ray.get_actor(name, namespace=NAMESPACE).alarm.remote(f"{watch.DUMP}{kind}")
 
     def _ship(self) -> ray.ObjectRef | None:
         """Send new rows to telemetry and never wait; what cannot be sent counts as dropped."""

@@ -4,10 +4,12 @@ Decides what an anomaly is and when to write; must not know Ray. The trace file 
 while it is whole; the recorder keeps them where a collector is sampled or the file is switched
 off, and a dump is small enough to mail.
 
-An anomaly: a transfer, step or dispatch that did not end well, a wait of at least `stall_ns`, rows
-that a ring lost, or an alert of the progress watchdog (`alarm`). Invariants: what is kept, and so
-each dump, is bounded in time and in bytes; at most one dump in `pause_ns`, and `most_dumps` a run
-and node, also when the process was restarted meanwhile; further anomalies count as `passed_over`.
+An anomaly: a transfer, step or dispatch that failed or timed out (a cancelled or stale one is how
+races are meant to end), a wait of at least `stall_ns`, rows that a ring lost, or an alert of the
+progress watchdog (`alarm`). Invariants: what is kept, and so
+each dump, is bounded in time and in bytes; anomalies and alerts each get at most one dump in
+`pause_ns`, and `most_dumps` a run and node, also when the process was restarted meanwhile (apart,
+because a slow step just before an alert would take its dump away); more count as `passed_over`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from hotset.actors import watch
 from hotset.actors.spans import SpanWriter
 from hotset.transport.records import Code, Kind
 
@@ -30,6 +33,8 @@ KEEP_NS: Final = 10_000_000_000
 STALL_NS: Final = 1_000_000_000
 MOST_BYTES: Final = 16 << 20
 """Of rows: 13 s of 10,000 a second. A dump spells each of its 128 bytes in about 600."""
+
+_EXPECTED: Final = (Code.OK, Code.STALE, Code.CANCELLED)
 
 
 class FlightRecorder:
@@ -55,7 +60,7 @@ class FlightRecorder:
         self._pause_ns, self._most_dumps, self._most_bytes = pause_ns, most_dumps, most_bytes
         self._recent: deque[tuple[int, RowBatch]] = deque()
         self._nbytes = 0
-        self._last_ns: int | None = None
+        self._last_ns: dict[bool, int] = {}  # by whether it was an alert
         self.dumps = sorted(folder.glob(f"flight-{node}-*.jsonl"))  # of a predecessor
         self.passed_over = 0
 
@@ -73,11 +78,14 @@ class FlightRecorder:
 
     def alarm(self, why: str, *, now_ns: int) -> Path | None:
         """Dump now, unless a dump was made just before; `why` is part of the file's name."""
-        recently = self._last_ns is not None and now_ns - self._last_ns < self._pause_ns
-        if recently or len(self.dumps) >= self._most_dumps or not self._recent:
+        alert = why.startswith(watch.DUMP)
+        last_ns = self._last_ns.get(alert)
+        recently = last_ns is not None and now_ns - last_ns < self._pause_ns
+        made = sum(_is_alert(path) == alert for path in self.dumps)
+        if recently or made >= self._most_dumps or not self._recent:
             self.passed_over += 1
             return None
-        self._last_ns = now_ns
+        self._last_ns[alert] = now_ns
         path = self._folder / f"flight-{self._node}-{now_ns}-{why}.jsonl"
         writer = SpanWriter(path, node=self._node, run=self._run, emulated=self._emulated)
         for _, batch in self._recent:
@@ -87,13 +95,18 @@ class FlightRecorder:
         return path
 
 
+def _is_alert(dump: Path) -> bool:
+    return dump.stem.rpartition("-")[2].startswith(watch.DUMP)
+
+
 def anomaly(batch: RowBatch, *, stall_ns: int) -> str:
     """Why a batch is worth a dump, in one word; empty when it is not."""
     if batch.dropped:
         return "dropped"
     rows = batch.table()
-    if (rows["code"] != Code.OK).any():
-        worst = int(np.max(rows["code"]))
+    bad = rows["code"][~np.isin(rows["code"], _EXPECTED)]
+    if len(bad):
+        worst = int(np.max(bad))
         return Code(worst).name.lower() if worst <= max(Code) else "damaged"
     waits = rows["kind"] == Kind.WAIT
     if waits.any() and int((rows["end_ns"] - rows["start_ns"])[waits].max()) >= stall_ns:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 KINDS: Final = ("epoch", "transfer")
+DUMP: Final = "alert_"
+"""With a kind, why a dump was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -346,10 +346,24 @@ def test_the_flight_recorder_dumps_the_last_seconds(tmp_path: Path) -> None:
     assert kept == [*range(1 + 3 * 20, 1 + 3 * 30), 1000], "ten seconds and the anomaly"
     assert recorder.take(stalled, now_ns=31 * S) is None, "one dump a minute"
     assert recorder.take(stalled, now_ns=95 * S) is not None
-    assert recorder.alarm("watchdog", now_ns=500 * S) is None, "a bounded number of dumps"
+    assert recorder.take(stalled, now_ns=500 * S) is None, "a bounded number of dumps"
     assert (len(recorder.dumps), recorder.passed_over) == (2, 2)
     after = FlightRecorder(tmp_path, node="n0", run="r1", most_dumps=2)
     assert after.take(stalled, now_ns=900 * S) is None, "also over a restart"
+
+
+def test_an_alert_is_dumped_although_an_anomaly_just_was(tmp_path: Path) -> None:
+    recorder = FlightRecorder(tmp_path, node="n0", run="r1", most_dumps=1)
+    late = rows_of([Kind.TRANSFER], [Code.TIMED_OUT], [0]).tobytes()
+    assert recorder.take(RowBatch(store="w", tier=Tier.HBM, rows=late), now_ns=S) is not None
+    path = recorder.alarm("alert_transfer", now_ns=2 * S)
+    assert path is not None
+    assert path.name == f"flight-n0-{2 * S}-alert_transfer.jsonl"
+    assert recorder.alarm("alert_epoch", now_ns=3 * S) is None, "alerts are a minute apart too"
+    after = FlightRecorder(tmp_path, node="n0", run="r1", most_dumps=2)
+    after.take(calm(3, 9), now_ns=90 * S)
+    assert after.alarm("alert_transfer", now_ns=90 * S) is not None, "the anomaly does not count"
+    assert after.alarm("alert_epoch", now_ns=900 * S) is None, "also over a restart"
 
 
 def test_a_dump_is_bounded_in_size_by_leaving_out_the_oldest(tmp_path: Path) -> None:
@@ -365,9 +379,17 @@ def test_a_dump_is_bounded_in_size_by_leaving_out_the_oldest(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("code", "dropped", "why"),
-    [(Code.TIMED_OUT, 0, "timed_out"), (Code.OK, 3, "dropped"), (Code.OK, 0, "")],
+    [
+        (Code.TIMED_OUT, 0, "timed_out"),
+        (Code.FAILED, 0, "failed"),
+        (99, 0, "damaged"),
+        (Code.OK, 3, "dropped"),
+        (Code.OK, 0, ""),
+        (Code.STALE, 0, ""),
+        (Code.CANCELLED, 0, ""),
+    ],
 )
-def test_what_is_an_anomaly(tmp_path: Path, code: Code, dropped: int, why: str) -> None:
+def test_what_is_an_anomaly(tmp_path: Path, code: int, dropped: int, why: str) -> None:
     rows = rows_of([Kind.TRANSFER], [code], [0])
     recorder = FlightRecorder(tmp_path, node="n0", run="r1")
     batch = RowBatch(store="w", tier=Tier.HBM, rows=rows.tobytes(), dropped=dropped)

@@ -42,11 +42,16 @@ def test_an_alert_dumps_the_last_seconds_of_each_node(
             while not over.is_set():
                 front.generate_many(prompts(2), max_new_tokens=2)
 
-        def dumps() -> list[Path]:
-            return sorted(tmp_path.glob("flight-*-alert_transfer.jsonl"))
+        def dumps(why: str = "alert_transfer") -> list[Path]:
+            return sorted(tmp_path.glob(f"flight-*-{why}.jsonl"))
 
-        def nodes() -> list[str]:
-            return [path.name.split("-")[1] for path in dumps()]
+        def nodes(why: str = "alert_transfer") -> list[str]:
+            return [path.name.split("-")[1] for path in dumps(why)]
+
+        def stumble() -> bool:
+            """An anomaly of its own at each node: it must not take the alert's dump away."""
+            call(run.telemetry["node0"].alarm, "stall")
+            return set(nodes("stall")) >= both
 
         def hang() -> bool:
             """Beat as a worker whose transfer hangs, for a while, then as it does by itself."""
@@ -60,6 +65,7 @@ def test_an_alert_dumps_the_last_seconds_of_each_node(
         serving = threading.Thread(target=serve)
         serving.start()
         try:
+            eventually(stumble, deadline_s=60, what="an earlier dump of each node")
             eventually(hang, deadline_s=120, what="dumps of both nodes")
         finally:
             over.set()
