@@ -5,6 +5,13 @@ from __future__ import annotations
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Others share the machine: how long an example takes says nothing of the code.
+settings.register_profile(
+    "hotset", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("hotset")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

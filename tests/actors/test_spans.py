@@ -166,7 +166,7 @@ def test_each_row_is_told_whole(tmp_path: Path, seed: int) -> None:
     lost=st.integers(0, 5),
     max_rows=st.integers(0, 60),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_are_spans_or_dropped(
     tmp_path_factory: pytest.TempPathFactory,
     kinds: list[int],

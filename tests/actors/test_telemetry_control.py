@@ -135,7 +135,6 @@ def test_stores_that_come_and_go_are_scale_spans(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 12), max_size=12), st.integers(1, 9))
-@settings(deadline=None)
 def test_rows_of_the_controller_are_taken_or_counted(bursts: list[int], capacity: int) -> None:
     log, appended, accounted = new_log(capacity=capacity), 0, 0
     for burst in bursts:
@@ -172,7 +171,6 @@ def landing(block: BlockId, transfer: int) -> Landing:
 
 
 @given(st.lists(st.tuples(st.sampled_from("lud"), st.integers(0, 2)), max_size=30))
-@settings(deadline=None)
 def test_each_landing_leaves_one_row_at_its_first_use_or_its_drop(
     story: list[tuple[str, int]],
 ) -> None:
@@ -237,7 +235,6 @@ def test_watchdog(unsettled_s: int, oldest_s: dict[str, int], raised: list[str])
 
 @given(st.integers(-(10**12), 10**12), st.lists(st.tuples(st.integers(0, 10**7),
        st.integers(0, 10**7)), min_size=1, max_size=6))  # fmt: skip
-@settings(deadline=None)
 def test_the_true_clock_offset_is_within_the_stated_error(
     offset_ns: int, legs: list[tuple[int, int]]
 ) -> None:
@@ -283,7 +280,7 @@ def rows_of(kinds: list[int], codes: list[int], targets: list[int]) -> Any:
     st.lists(st.integers(1, 12), min_size=1, max_size=6),
     st.sampled_from([0.0, 0.2, 0.7, 1.0]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_sampling_loses_ordinary_transfers_only_and_counts_them(
     facts: list[tuple[int, int, int]], cuts: list[int], ratio: float
 ) -> None:

@@ -53,7 +53,7 @@ def test_full_is_the_same_bytes_without_a_copy() -> None:
     assert FULL.views(out, layout).gate_up.data_ptr() == out.data_ptr()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hidden=st.integers(1, 70),
     inter=st.integers(1, 40),

@@ -29,7 +29,7 @@ def test_it_is_that_of_float64_down_to_the_smallest(away: float, size: int) -> N
     assert torch.allclose(found.double(), exact, rtol=0.02, atol=1e-11)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 1000), st.integers(1, 300), st.floats(0, 200))
 def test_it_is_finite_and_never_negative(seed: int, size: int, away: float) -> None:
     full, other = (

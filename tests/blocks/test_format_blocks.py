@@ -100,7 +100,7 @@ def test_dense_blocks_are_read_and_still_made() -> None:
     assert torch.equal(decode(codec("bf16z"), bytes_of(found["block"]), layout), payload)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(by=st.sampled_from(ENCODED), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_never_decodes(by: Codec, place: float, bit: int) -> None:
     block = encoded(by)
@@ -109,7 +109,7 @@ def test_a_flipped_bit_never_decodes(by: Codec, place: float, bit: int) -> None:
         decode(by, block)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(by=st.sampled_from(ENCODED), keep=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_block_never_decodes(by: Codec, keep: float) -> None:
     block = encoded(by)

@@ -89,7 +89,7 @@ def matrices(layout: BlockLayout) -> list[str]:
     return [field.role for field in layout.fields if len(field.shape) == 2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(block=blocks())
 def test_lossless_formats_and_biases_keep_every_bit(
     block: tuple[BlockLayout, torch.Tensor],
@@ -103,7 +103,7 @@ def test_lossless_formats_and_biases_keep_every_bit(
                 assert torch.equal(restored[span], payload[span])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(block=blocks())
 def test_error_of_int8_is_half_a_scale_and_of_fp8_a_sixteenth(
     block: tuple[BlockLayout, torch.Tensor],
@@ -124,7 +124,7 @@ def test_error_of_int8_is_half_a_scale_and_of_fp8_a_sixteenth(
             assert ((was - now).abs() <= step * 1.001 + slack).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(block=blocks(), name=st.sampled_from(sorted(GROUPED)))
 def test_a_group_errs_at_most_as_much_as_plain_rounding(
     block: tuple[BlockLayout, torch.Tensor], name: Format
@@ -153,7 +153,7 @@ def groups_of(matrix: torch.Tensor) -> np.ndarray:
     return np.pad(flat, (0, -flat.size % 64)).reshape(-1, 64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(block=blocks())
 def test_torch_and_kernels_make_and_read_the_same_blocks(
     block: tuple[BlockLayout, torch.Tensor],
@@ -179,7 +179,7 @@ def test_packing_keeps_every_code(bits: int) -> None:
     assert torch.equal(unpack(packed, bits=bits), codes)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     layout=layouts,
     by=st.sampled_from(ALL),

@@ -16,8 +16,8 @@ from hotset.blocks.formats_jit import COMPILED
 from hotset.blocks.formats_lossless import DENSE, LosslessCodec
 from hotset.errors import FormatError
 
-RELAXED = settings(max_examples=60, deadline=None)  # the machine may be busy
-FEW = settings(max_examples=12, deadline=None)  # a step of torch for each of 4,096 weights
+RELAXED = settings(max_examples=60)
+FEW = settings(max_examples=12)  # a step of torch for each of 4,096 weights
 
 
 def histogram(values: dict[int, int]) -> np.ndarray:

@@ -120,7 +120,7 @@ def test_every_family_can_be_measured(kind: str, checkpoints: dict[str, Path]) -
     meter.close()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     hnp.arrays(np.int64, (2, 6), elements=st.integers(0, 500)),
     hnp.arrays(np.float64, (2, 6, 3), elements=st.floats(0, 10)),

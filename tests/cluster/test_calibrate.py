@@ -125,7 +125,7 @@ def test_durations(text: str, seconds: int) -> None:
     assert parse_duration_ns(text) == seconds * 1_000_000_000
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(RIVALS), st.floats(0.1, 1.0), st.integers(0, 100))
 def test_mixes_of_others_stay_within_the_bytes(name: str, part: float, seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hotset.actors.controllog import ControlLog
@@ -77,7 +77,6 @@ def call(*args: str | Path) -> str:
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)), max_size=20))
-@settings(deadline=None)
 def test_lanes_do_not_overlap_and_are_as_few_as_can_be(spans: list[tuple[int, int]]) -> None:
     starts = np.array([start for start, _ in spans], np.int64)
     ends = np.array([start + length for start, length in spans], np.int64)

@@ -41,7 +41,7 @@ def test_torn_at_every_byte_reads_a_prefix_and_appends_after_it(tmp_path: Path) 
 
 
 @given(st.lists(st.binary(max_size=30), min_size=1, max_size=6), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_damaged_byte_never_yields_a_wrong_frame(
     tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes], data: st.DataObject
 ) -> None:

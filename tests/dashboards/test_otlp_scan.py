@@ -88,7 +88,7 @@ def test_every_kind_of_row_gives_the_same(
     assert_same(general, scanned)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     at=st.integers(0, 10**6),
     letter=st.sampled_from(list(b'{}[]",:\\0-9aeZ \n\x00')),

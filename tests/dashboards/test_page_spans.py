@@ -70,7 +70,7 @@ waits = st.lists(st.tuples(times, times, st.sampled_from(["a", "b"])), max_size=
 
 
 @given(waits=waits, until=times)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_stall_agrees_with_counting_each_nanosecond(
     waits: list[tuple[int, int, str]], until: int
 ) -> None:

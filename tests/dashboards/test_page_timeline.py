@@ -94,7 +94,7 @@ def brute(
 
 
 @given(steps=steps, stride=st.integers(1, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_cells_at_any_moment_are_what_the_changes_made(
     steps: list[tuple[str, str, BlockId, Format, int]], stride: int
 ) -> None:

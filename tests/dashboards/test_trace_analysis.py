@@ -116,7 +116,7 @@ def brute_force(found: list[Event], device: str) -> dict[str, int]:
 
 
 @given(events, st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_figures_agree_with_brute_force(
     tmp_path_factory: pytest.TempPathFactory, found: list[Event], dropped: int
 ) -> None:

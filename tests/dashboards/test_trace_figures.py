@@ -60,7 +60,7 @@ def ratio(part: int, whole: int) -> float | None:
 
 
 @given(events)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_overlap_and_useful_ratios_of_devices_and_total(folder: Path, found: list[Event]) -> None:
     shown = analyze(written(folder, found))
     used = transfers(found, used=True)
@@ -101,7 +101,7 @@ def test_overlap_and_useful_ratios_of_devices_and_total(folder: Path, found: lis
 
 
 @given(events)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_prefetching_was_worth(folder: Path, found: list[Event]) -> None:
     shown = analyze(written(folder, found)).prefetch
     asked = {n: one for n, one in transfers(found).items() if one.reason == PREFETCH}
@@ -134,7 +134,7 @@ def test_what_prefetching_was_worth(folder: Path, found: list[Event]) -> None:
 
 
 @given(events, st.sampled_from([0, 10**9, 20 * 10**9]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_use_of_each_link_against_its_bound(
     folder: Path, found: list[Event], profile: int
 ) -> None:
@@ -171,7 +171,7 @@ beside = st.lists(st.tuples(st.integers(0, 2500), st.integers(0, 300)), max_size
     beside,
     beside,
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_interference_is_a_ratio_of_medians(
     folder: Path,
     sizes: list[tuple[int, int]],
@@ -202,7 +202,7 @@ def test_interference_is_a_ratio_of_medians(
 
 
 @given(events, st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_costliest_stalls_are_the_longest_waits(
     folder: Path, found: list[Event], most: int
 ) -> None:
@@ -217,7 +217,7 @@ def test_the_costliest_stalls_are_the_longest_waits(
 
 
 @given(events)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_critical_path_is_that_of_a_naive_walk(folder: Path, found: list[Event]) -> None:
     view = load(written(folder, found))
     numbers = view.table["span_id"]

@@ -27,7 +27,7 @@ events = some_events([*Kind, Kind.STEP, Kind.WAIT, Kind.WAIT, ControlKind.USE], 
 
 
 @given(events)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_parts_of_a_window_are_disjoint_and_add_up(
     tmp_path_factory: pytest.TempPathFactory, found: list[Event]
 ) -> None:
@@ -75,7 +75,7 @@ def test_parts_of_a_window_are_disjoint_and_add_up(
 
 
 @given(events)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_critical_path_has_no_gap_and_only_what_there_is(
     tmp_path_factory: pytest.TempPathFactory, found: list[Event]
 ) -> None:
@@ -108,7 +108,6 @@ def test_the_critical_path_has_no_gap_and_only_what_there_is(
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=12),
     st.lists(st.tuples(st.integers(-5, 60), st.integers(-5, 30)), max_size=6),
 )
-@settings(deadline=None)
 def test_the_part_of_a_set_within_spans(
     parts: list[tuple[int, int]], asked: list[tuple[int, int]]
 ) -> None:

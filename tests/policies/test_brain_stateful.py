@@ -258,7 +258,7 @@ class BrainWalk(RuleBasedStateMachine):
         assert replay.directory() == model.brain.directory()
 
 
-BrainWalk.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+BrainWalk.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestBrainWalk = BrainWalk.TestCase
 
 
@@ -271,7 +271,6 @@ def test_a_hundred_thousand_events() -> None:
         settings=settings(
             max_examples=1000,
             stateful_step_count=100,
-            deadline=None,
             derandomize=True,
             database=None,
             phases=[Phase.generate, Phase.shrink],

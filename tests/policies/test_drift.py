@@ -11,7 +11,7 @@ from hotset.policies.allocate import Costs, allocate
 from hotset.policies.drift import GAMMA_GROWTH, Budget, DriftMeter
 from hotset.policies.types import BlockId, Format
 
-RELAXED = settings(max_examples=60, deadline=None)  # the machine may be busy
+RELAXED = settings(max_examples=60)
 NAMES = ("bf16", "int8", "int4", "int2")
 NBYTES = np.array([1600, 800, 425, 225], dtype=np.int64)
 LAYERS, EXPERTS, TOP_K = (1, 2, 5), 8, 2

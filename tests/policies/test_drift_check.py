@@ -12,7 +12,7 @@ from hotset.policies.drift import Budget, DriftMeter
 from hotset.policies.drift_check import LiveBounds, LiveCheck, exceeds
 from hotset.policies.types import BlockId
 
-RELAXED = settings(max_examples=60, deadline=None)  # the machine may be busy
+RELAXED = settings(max_examples=60)
 NAMES = ("bf16", "int8", "int4", "int2")
 NBYTES = np.array([1600, 800, 425, 225], dtype=np.int64)
 LAYERS, EXPERTS = (0, 1, 2, 3), 8

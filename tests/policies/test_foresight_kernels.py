@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 needs_numba = pytest.mark.skipif(not kernels.COMPILED, reason="numba is not installed")
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-80, 20, width=32), min_size=1, max_size=50))
 def test_the_exponential_is_exact_to_three_ulp_and_the_same_in_both_forms(
     values: list[float],
@@ -50,7 +49,6 @@ def arrays(seed: int, *, rows: int, size: int, depth: int) -> dict[str, Any]:
 
 
 @needs_numba
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**20), rows=st.integers(2, 7), size=st.integers(1, 9), data=st.data())
 def test_a_visit_is_the_same_in_both_forms(
     seed: int, rows: int, size: int, data: st.DataObject
@@ -74,7 +72,7 @@ def test_a_visit_is_the_same_in_both_forms(
         assert array.tobytes() == other[key].tobytes(), key
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**20), acts=st.lists(st.sampled_from("rfffvpud"), max_size=80))
 def test_the_victim_is_the_evictable_copy_of_the_lowest_rank(seed: int, acts: list[str]) -> None:
     shape = DeviceShape(
@@ -115,7 +113,6 @@ def lowest_copy(policy: Any, shape: DeviceShape) -> Any:
 
 
 @needs_numba
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**20), rows=st.integers(2, 6), size=st.integers(2, 9))
 def test_learning_is_the_same_in_both_forms(seed: int, rows: int, size: int) -> None:
     depth = seed % rows

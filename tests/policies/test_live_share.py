@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hotset.policies.live_share import LiveShare, ShareBounds
 
-RELAXED = settings(max_examples=100, deadline=None)  # the machine may be busy
+RELAXED = settings(max_examples=100)
 
 
 @RELAXED

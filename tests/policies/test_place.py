@@ -74,7 +74,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     return found
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(problems(), st.integers(0, 2**31))
 def test_any_problem_gets_a_valid_plan_and_a_valid_next_one(
     problem: dict[str, Any], seed: int
@@ -98,7 +98,7 @@ def test_any_problem_gets_a_valid_plan_and_a_valid_next_one(
         assert (after >= before - 1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(2, 4), st.integers(2, 5))
 def test_any_rubble_is_repaired(seed: int, devices: int, width: int) -> None:
     rng = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def test_any_rubble_is_repaired(seed: int, devices: int, width: int) -> None:
         assert duplicates(found) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31))
 def test_capacity_in_bytes_is_kept(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -26,7 +26,7 @@ def routed(seed: int, layers: int, experts: int) -> tuple[Any, Any]:
     return load, counts
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000))
 def test_less_crosses_and_the_plan_stays_valid_and_balanced(seed: int) -> None:
     load, counts = routed(seed, 4, 32)
@@ -72,7 +72,7 @@ def test_co_routing_of_another_shape_is_refused() -> None:
         follow(first, -counts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31), st.sampled_from([1.0, 1.1, 1.5]), st.integers(1, 100))
 def test_spills_conserve_tokens_and_never_overfill(seed: int, limit: float, least: int) -> None:
     rng = np.random.default_rng(seed)

@@ -40,7 +40,7 @@ def clusters(draw: st.DrawFn) -> dict[str, int]:
     return {"nodes": nodes, "devices": devices, "slots": devices * width, "experts": experts}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(clusters(), st.sampled_from(KINDS), st.integers(0, 2**31))
 def test_never_worse_than_the_greedy_planner_nor_better_than_the_bound(
     cluster: dict[str, int], kind: str, seed: int
@@ -67,7 +67,7 @@ def test_never_worse_than_the_greedy_planner_nor_better_than_the_bound(
         assert (mine <= bound + 1e-9).all()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     clusters(),
     st.sampled_from(KINDS),
@@ -102,7 +102,7 @@ def test_a_sudden_shift_never_makes_a_layer_worse(
     assert (scores[1] >= scores[0] - 1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(KINDS), st.integers(0, 2**31), st.sampled_from(["even", "free"]))
 def test_unequal_devices_keep_their_bytes_and_nodes(kind: str, seed: int, split: Any) -> None:
     rng = np.random.default_rng(seed)

@@ -54,7 +54,7 @@ shapes = st.tuples(st.integers(0, 10_000), st.integers(2, 6), st.integers(1, 5),
 
 
 @pytest.mark.skipif(not jit.COMPILED, reason="numba is not installed")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, st.floats(1.0, 1.5), st.sampled_from([0.0, 3.0]))
 def test_both_scans_choose_alike(
     shape: tuple[int, int, int, int], goal: float, price: float
@@ -76,7 +76,7 @@ def test_both_scans_choose_alike(
         assert compiled[1] == -1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shapes)
 def test_books_agree_with_slots_after_any_writes(shape: tuple[int, int, int, int]) -> None:
     seed, devices, width, spread = shape

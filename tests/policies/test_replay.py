@@ -66,7 +66,7 @@ def test_sequences_run_side_by_side_and_their_needs_are_united() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 40))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_token_is_lost_whatever_the_batch(batch: int, tokens: int) -> None:
     trace = markov_trace(1, tokens=tokens, layers=2, experts=EXPERTS, k=2)
     steps = line_up(trace, sequences(tokens, length=7), batch=batch)
@@ -99,7 +99,7 @@ def test_replays_are_deterministic(name: str) -> None:
 
 
 @given(st.integers(0, 1000), st.sampled_from([3, 8, 20]), st.sampled_from([1, 3]))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_nobody_without_prefetch_misses_less_than_belady(seed: int, slots: int, batch: int) -> None:
     steps = lined_up(seed, tokens=40, batch=batch)
     least = play("belady", steps, slots=slots).demand

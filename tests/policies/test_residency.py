@@ -335,12 +335,12 @@ class Walk(RuleBasedStateMachine):
 def test_random_walks_keep_the_books(name: str) -> None:
     machine = type("NamedWalk", (Walk,), {"name": name})
     thorough = name in {"hotset", "lru", "fate"}
-    steps = settings(max_examples=25 if thorough else 6, stateful_step_count=40, deadline=None)
+    steps = settings(max_examples=25 if thorough else 6, stateful_step_count=40)
     run_state_machine_as_test(machine, settings=steps)
 
 
 @given(st.lists(st.integers(0, 15), min_size=1, max_size=8, unique=True))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_transitions_are_probabilities(experts: list[int]) -> None:
     predictor = TransitionPredictor(rows=4, num_experts=16)
     visits = [

@@ -52,7 +52,7 @@ def test_segments_stay_within_sequences() -> None:
 
 
 @given(st.integers(0, 1000))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_ratios_are_ratios_and_larger_caches_hit_more(seed: int) -> None:
     found = analyze(markov_trace(seed, tokens=100, layers=3, experts=16, k=3), num_experts=16)
     curve = np.array(found.lru_hit_ratio)

@@ -39,7 +39,7 @@ def least_limit(slots: Any, load: Any, speed: Any) -> float:
     return worst * speed.sum() / max(load.sum(), 1e-300)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**31))
 def test_shares_reach_the_bound_of_the_cut(seed: int) -> None:
     slots, load, speed = case(seed)
@@ -76,7 +76,7 @@ def test_shares_are_those_of_the_linear_program(seed: int) -> None:
     assert slowest == pytest.approx(solved.fun, rel=1e-3)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 2**31))
 def test_a_batch_is_handed_out_whole_and_nearly_as_well(seed: int) -> None:
     rng = np.random.default_rng(seed)

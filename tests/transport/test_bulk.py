@@ -39,7 +39,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("kernels")
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_every_part_is_copied_and_hashed(slabs: tuple[Slab, Slab], data: st.DataObject) -> None:
     here, there = slabs

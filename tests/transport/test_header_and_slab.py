@@ -308,7 +308,7 @@ class SlabMachine(RuleBasedStateMachine):
 
 
 TestSlabMachine = SlabMachine.TestCase
-TestSlabMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSlabMachine.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_host_and_device_memory_behave_alike() -> None:

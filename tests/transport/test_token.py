@@ -236,7 +236,7 @@ def test_a_silent_end_times_out() -> None:
         welcome(near, purpose="read", token=TOKEN, identity=ME, deadline_ns=_soon(0.05))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=200), st.booleans())
 def test_garbage_is_a_typed_error_on_both_sides(garbage: bytes, framed: bool) -> None:  # noqa: FBT001 - drawn by hypothesis
     data = len(garbage).to_bytes(4, "little") + garbage if framed else garbage
