@@ -15,6 +15,9 @@ from tests.transport.stores import missing
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.transport.killmatrix import Cell
+
+TRIES = 5
 _REASON = why_not()
 pytestmark = [pytest.mark.nixl, pytest.mark.skipif(bool(_REASON), reason=_REASON or "-")]
 
@@ -45,6 +48,15 @@ def pairs(request: pytest.FixtureRequest, lab: NetLab) -> Iterator[list[Pair]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("event", CABLE_EVENTS)
 def test_a_bad_link_ends_every_read_in_time(pairs: list[Pair], event: str) -> None:
+    cells = [_once(pairs, event)]
+    while not (cells[-1].mid or cells[-1].wrong) and len(cells) < TRIES:
+        cells.append(_once(pairs, event))
+    assert cells[-1].wrong == []
+    assert cells[-1].mid == 1
+
+
+def _once(pairs: list[Pair], event: str) -> Cell:
+    """One round; it may miss the middle of a transfer when others take the cores."""
     pair = pairs[0]
     cell = None
     try:
@@ -54,8 +66,7 @@ def test_a_bad_link_ends_every_read_in_time(pairs: list[Pair], event: str) -> No
             pair.discard()
             pairs[0] = Pair(pair.kind, writes=pair.writes, lab=pair.lab)
             pairs[0].good()
-    assert cell.wrong == []
-    assert cell.mid == 1
+    return cell
 
 
 def test_the_cable_carries_what_it_is_told_to(lab: NetLab) -> None:
