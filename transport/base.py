@@ -48,7 +48,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from hotset.transport.slab import Slab, Slot
 
 _T = TypeVar("_T")
+
+NO_HANDLE: Final = -1
+"""In place of a handle: nothing is in flight, and nothing to release."""
 
 
 class Priority(enum.IntEnum):
@@ -378,6 +381,17 @@ class Backend(ABC):
         owner. It is used for peers whose posts copy in the call, and never while the owner
         connects or disconnects.
         """
+
+    def post_in_call(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
+        """Post where `copies_in_call` says so: NO_HANDLE when all is here, else the handle.
+
+        Raises as `post`.
+        """
+        handle = self.post(peer, spans, lane=lane)
+        if self.poll(handle)[0] is not PostState.DONE:
+            return handle
+        self.release(handle)
+        return NO_HANDLE
 
     @abstractmethod
     def poll(self, handle: int) -> tuple[PostState, str]:

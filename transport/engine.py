@@ -33,7 +33,8 @@ from hotset.errors import (
     TransferTimeout,
     TransportError,
 )
-from hotset.transport.base import FileItem, PeerInfo, Priority, ReadItem
+from hotset.transport.base import FileItem, Outcome, PeerInfo, Priority, ReadItem
+from hotset.transport.express import Begun, Request
 from hotset.transport.inbox import Inbox
 from hotset.transport.job import Job
 from hotset.transport.links import STORAGE
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hotset.transport.arrivals import Check
-    from hotset.transport.base import Backend, LinkProfile, Outcome
+    from hotset.transport.base import Backend, LinkProfile
     from hotset.transport.hands import Haul
     from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
@@ -196,7 +197,9 @@ class Engine:
         by the engine. Raises QuarantineFull, ConfigError, InvalidTransition, TransportError; then
         nothing was taken and the slots are still the caller's.
         """
-        return self._submit(peer, items, deadline_ns, trace, parent, reason, priority)
+        now, wall_ns = time.monotonic_ns(), time.time_ns()
+        request = Request(now, wall_ns, deadline_ns, trace, parent, reason, priority)
+        return self._submit(peer, items, request)
 
     def read_now(  # noqa: PLR0913 - as `read`
         self,
@@ -210,8 +213,22 @@ class Engine:
         priority: Priority = Priority.IMMINENT,
     ) -> Outcome:
         """Read as `read` does and wait for the end; the quickest way to one small block."""
-        ticket = self._submit(peer, items, deadline_ns, trace, parent, reason, priority, ring=False)
-        self._drive(ticket)
+        now, wall_ns = time.monotonic_ns(), time.time_ns()
+        request = Request(now, wall_ns, deadline_ns, trace, parent, reason, priority)
+        if not self._turn_lock.acquire(blocking=False):
+            return self._submit(peer, items, request).wait()
+        self._driver = threading.get_ident()
+        try:
+            begun = self._read_alone(peer, items, request)
+            if isinstance(begun, Outcome):
+                return begun
+            ticket = begun or self._submit(peer, items, request, ring=False)
+            self._drive(ticket)
+        finally:
+            self._driver = 0
+            self._turn_lock.release()
+        if not (self._mover.idle and self._inbox.empty()) or self._fault is not None:
+            self._inbox.ring()
         return ticket.wait()
 
     def read_files(  # noqa: PLR0913 - as `read`
@@ -232,7 +249,9 @@ class Engine:
                     f"ranges of {size} bytes for a block of {item.expect.nbytes}",
                     remedy="build the ranges from the catalog of blocks",
                 )
-        return self._submit(STORAGE, items, deadline_ns, trace, parent, reason, priority)
+        now, wall_ns = time.monotonic_ns(), time.time_ns()
+        request = Request(now, wall_ns, deadline_ns, trace, parent, reason, priority)
+        return self._submit(STORAGE, items, request)
 
     @property
     def fault(self) -> str:
@@ -258,43 +277,73 @@ class Engine:
         posts = list(self._mover.quarantine.values())
         return sum(post.nbytes for post in posts)
 
-    def _submit(  # noqa: PLR0913, PLR0917 - the two public doors have these
+    def _submit(
         self,
         peer: str,
         items: Sequence[ReadItem] | Sequence[FileItem],
-        deadline_ns: int,
-        trace: tuple[int, int],
-        parent: int,
-        reason: str,
-        priority: Priority,
+        request: Request,
         *,
         ring: bool = True,
     ) -> Ticket:
         self._check(items)
-        wall_ns, now = time.time_ns(), time.monotonic_ns()
         with self._door:  # a read is either before `close` in the queue, or refused
-            self._check_open()
-            first = self._next_id  # id i is the row of item i
-            self._next_id += max(1, len(items))
-            ticket = Ticket(transfer_id=first, cancel=self._cancel)
-            job = Job(
-                ticket=ticket,
-                peer=peer,
-                items=tuple(items),
-                deadline_ns=deadline_ns,
-                submitted_ns=now,
-                wall_ns=wall_ns,
-                priority=priority,
-                trace=trace,
-                parent=parent,
-                reason=reason,
-            )
+            job = self._job(peer, items, request, self._take_ids(len(items)))
             for item in items:
                 if isinstance(item, ReadItem) and item.stream:  # before anybody is told of it
                     self._slab.show_progress(item.dest, item.expect, arrived=0)
             put = self._inbox.put if ring else self._inbox.put_quietly
             put(partial(self._mover.add, job))
-        return ticket
+        return job.ticket
+
+    def _take_ids(self, count: int) -> int:
+        """The first of `count` ids, one a row. With the door held; raises where it is closed."""
+        self._check_open()
+        first = self._next_id
+        self._next_id += max(1, count)
+        return first
+
+    def _job(
+        self,
+        peer: str,
+        items: Sequence[ReadItem] | Sequence[FileItem],
+        request: Request,
+        transfer_id: int,
+    ) -> Job:
+        return Job(
+            ticket=Ticket(transfer_id=transfer_id, cancel=self._cancel),
+            peer=peer,
+            items=tuple(items),
+            deadline_ns=request.deadline_ns,
+            submitted_ns=request.submitted_ns,
+            wall_ns=request.wall_ns,
+            priority=request.priority,
+            trace=request.trace,
+            parent=request.parent,
+            reason=request.reason,
+        )
+
+    def _read_alone(
+        self, peer: str, items: Sequence[ReadItem], request: Request
+    ) -> Outcome | Ticket | None:
+        """Read a lone item at once, or as far as it comes; None where it must queue.
+
+        With the turn's lock held.
+        """
+        if len(items) != 1 or self._fault is not None or not self._inbox.empty():
+            return None
+        self._check(items)
+        with self._door:  # who closes now waits for this turn
+            first = self._take_ids(1)
+        try:
+            begun = self._mover.read_alone(peer, items[0], request, first)
+            if isinstance(begun, Begun):
+                job = self._job(peer, items, request, first)
+                self._mover.go_on(job, begun)
+                return job.ticket
+        except Exception as error:  # noqa: BLE001 - as in `_run`, which raises it
+            self._fault = error
+            return None
+        return begun
 
     def _check_open(self) -> None:
         if self._closed or self._info is None:
@@ -395,22 +444,16 @@ class Engine:
             self._end_as_broken()
 
     def _drive(self, ticket: Ticket) -> None:
-        """Take the owner's turns until a ticket has ended or there is nothing to do at once."""
-        if not self._turn_lock.acquire(blocking=False):
-            self._inbox.ring()
-            return
+        """Take the owner's turns until a ticket has ended or there is nothing to do at once.
+
+        With the turn's lock held.
+        """
         try:
-            self._driver = threading.get_ident()
-            self._take_messages()  # a lone small read ends in it
+            self._take_messages()
             while not ticket.done and self._turn() == 0:
                 pass
         except Exception as error:  # noqa: BLE001 - as in `_run`, which raises it
             self._fault = error
-        finally:
-            self._driver = 0
-            self._turn_lock.release()
-        if not (self._mover.idle and self._inbox.empty()) or self._fault is not None:
-            self._inbox.ring()
 
     def _end_as_broken(self) -> None:
         """After a bug: end every ticket as FAILED, so that nobody waits for ever."""

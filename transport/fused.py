@@ -11,9 +11,9 @@ Invariant: nothing is in flight when it returns or raises, unless it returns a h
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from hotset.transport.base import PostState
+from hotset.transport.base import NO_HANDLE
 from hotset.transport.bulk import NO_HASH, Bulk, Part
 from hotset.transport.header import CHUNK_BYTES, HEADER_BYTES
 from hotset.transport.job import spans
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from hotset.transport.base import Backend, Span
     from hotset.transport.job import Post, Track, Verdict
     from hotset.transport.slab import Slab
-
-DONE: Final = -1
 
 
 @dataclass(slots=True)
@@ -40,7 +38,7 @@ class Landing:
     verdicts: list[Verdict] = field(default_factory=list)
     digests: dict[int, int] = field(default_factory=dict)
     verify_ns: int = 0
-    handle: int = DONE
+    handle: int = NO_HANDLE
 
 
 class Fused:
@@ -101,11 +99,9 @@ class Fused:
             digests, landing.verify_ns = self._bulk.copy_and_hash(parts, far=far)
             return digests
         backend = self._backend
-        handle = backend.post(peer, what, lane=self._lane)
-        if backend.poll(handle)[0] is not PostState.DONE:
-            landing.handle = handle
+        landing.handle = backend.post_in_call(peer, what, lane=self._lane)
+        if landing.handle != NO_HANDLE:
             return []
-        backend.release(handle)
         digests, landing.verify_ns = self._bulk.copy_and_hash(parts)
         return digests
 

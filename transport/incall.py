@@ -12,7 +12,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from hotset.transport.fused import DONE, Fused
+from hotset.transport.base import NO_HANDLE
+from hotset.transport.fused import Fused
 from hotset.transport.hands import Hands
 from hotset.transport.job import Stage
 
@@ -64,7 +65,7 @@ class InCall:
             self._hands.give(post)
             return
         landing = self._fused.read(post)
-        if landing.handle != DONE:
+        if landing.handle != NO_HANDLE:
             post.handle = landing.handle
             self._flights.add(post)
             return
@@ -105,7 +106,7 @@ class InCall:
 
     def _hauled(self, haul: Haul) -> None:
         post, landing = haul.post, haul.landing
-        if landing is not None and landing.handle != DONE:
+        if landing is not None and landing.handle != NO_HANDLE:
             post.handle = landing.handle
             self._flights.poll_on(post)
             return

@@ -15,9 +15,10 @@ from hotset.transport.job import Verdict
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hotset.transport.base import Expect
     from hotset.transport.job import Track
     from hotset.transport.pieces import Pieces
-    from hotset.transport.slab import Slab
+    from hotset.transport.slab import Slab, Slot
     from hotset.transport.storage import StorageJob
 
 
@@ -27,8 +28,14 @@ def judge(slab: Slab, track: Track, peer: str, digests: Sequence[int] | None = N
     `digests` are those of its chunks, where whoever copied it has hashed it too.
     """
     dest, expect = track.item.dest, track.item.expect
-    wanted = expect if track.source is None else track.expect(peer)
-    seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), wanted)
+    return judge_bytes(slab, dest, expect if track.source is None else track.expect(peer), digests)
+
+
+def judge_bytes(
+    slab: Slab, dest: Slot, expect: Expect, digests: Sequence[int] | None = None
+) -> Verdict:
+    """Verify header and payload that landed in a slot; `digests` as in `judge`."""
+    seen = inspect(slab.memory.read(dest.offset, HEADER_BYTES), expect)
     if seen.differs:
         return Verdict(Status.STALE, error=seen.differs)
     if digests is None:

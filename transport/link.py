@@ -136,7 +136,11 @@ class Link:
             return True
         if track.pieces is not None:
             return False
-        return track.slot_bytes <= min(PIECE_MIN_BYTES, self.window_bytes // 2)
+        return self.carries_whole(track.slot_bytes)
+
+    def carries_whole(self, slot_bytes: int) -> bool:
+        """Whether a slot of that size, header included, travels in one post."""
+        return slot_bytes <= min(PIECE_MIN_BYTES, self.window_bytes // 2)
 
     def piece_bytes(self, left: int, total: int) -> int:
         """Bytes of the next post when `left` of a job's `total` are to go.
@@ -187,11 +191,15 @@ class Link:
     def ended(self, post: Post, now_ns: int, *, verify_ns: int = 0) -> None:
         """Give the credits of a post back, and learn how fast the link is."""
         self._in_flight[post.priority] -= post.nbytes
+        self.learn(post.nbytes, now_ns, post.posted_ns, verify_ns=verify_ns)
+
+    def learn(self, nbytes: int, now_ns: int, posted_ns: int, *, verify_ns: int = 0) -> None:
+        """Take a read that ended now for a measurement of the link."""
         before_ns, self._last_end_ns = self._last_end_ns, now_ns
-        if post.nbytes < RATE_MIN_BYTES:
+        if nbytes < RATE_MIN_BYTES:
             return
-        busy_ns = now_ns - verify_ns - max(post.posted_ns, before_ns)
+        busy_ns = now_ns - verify_ns - max(posted_ns, before_ns)
         if busy_ns > 0:
-            seen = post.nbytes * 1_000_000_000 // busy_ns
+            seen = nbytes * 1_000_000_000 // busy_ns
             self.rate += (seen - self.rate) // 4
             self._set_window()

@@ -43,6 +43,10 @@ class Links:
             link = self._links[name] = Link(name)
         return link
 
+    def find(self, name: str) -> Link | None:
+        """The link to a source that is known."""
+        return self._links.get(name)
+
     def connect(self, peer: PeerInfo) -> Link:
         """A peer is readable now, at the pace of its profile when that is emulated."""
         link = self.get(peer.name)

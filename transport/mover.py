@@ -20,13 +20,23 @@ from typing import TYPE_CHECKING, Final
 
 from hotset.errors import TransportError
 from hotset.transport.arrivals import INLINE_BYTES, Arrivals, Check
-from hotset.transport.base import FileItem, ItemResult, Loss, ReadItem, Span, Status
+from hotset.transport.base import (
+    NO_HANDLE,
+    FileItem,
+    ItemResult,
+    Loss,
+    Outcome,
+    ReadItem,
+    Span,
+    Status,
+)
+from hotset.transport.express import Express
+from hotset.transport.filing import Filing
 from hotset.transport.flights import Flights
 from hotset.transport.hands import Haul
 from hotset.transport.incall import InCall
 from hotset.transport.job import Job, Post, Stage, Track, spans
-from hotset.transport.judge import judge_files
-from hotset.transport.links import STORAGE, Links
+from hotset.transport.links import Links
 from hotset.transport.looks import FOLLOW_BYTES, LOOK_MIN_NS, Looks
 from hotset.transport.pieces import Pieces
 from hotset.transport.timers import Deadlines, Timers
@@ -35,12 +45,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hotset.transport.base import Backend, PeerInfo
+    from hotset.transport.express import Begun, Request
     from hotset.transport.inbox import Inbox
     from hotset.transport.link import Link
     from hotset.transport.pacing import Pacer
     from hotset.transport.records import Ring
     from hotset.transport.slab import Slab
-    from hotset.transport.storage import StorageJob, StorageReader
+    from hotset.transport.storage import StorageReader
     from hotset.transport.ticket import Ticket
 
 STREAM_BYTES: Final = 1 << 20  # pieces on the way down a chain of stores
@@ -65,8 +76,6 @@ class Mover:
         """`verifier` is the queue of the verifier thread, `files_ended` tells the owner."""
         self._slab = slab
         self._backend = backend
-        self._storage = storage
-        self._files_ended = files_ended
         self._timers = Timers()
         self._arrivals = Arrivals(
             slab=slab,
@@ -89,10 +98,19 @@ class Mover:
                 give=verifier.put,
                 again=self._send,
             )
+            self._express = Express(backend=backend, slab=slab, ring=ring, describe=describe)
         self._deadlines = Deadlines()
         self._fresh: list[Job] = []  # whose deadline nobody watches yet
+        self._filing: Filing | None = None
         if storage is not None:
             self._links.add_files(storage.pacer)
+            self._filing = Filing(
+                storage=storage,
+                slab=slab,
+                flights=self._flights,
+                arrivals=self._arrivals,
+                tell=files_ended,
+            )
 
     @property
     def idle(self) -> bool:
@@ -125,12 +143,55 @@ class Mover:
 
     # --- from outside -----------------------------------------------------------------------------
 
-    def add(self, job: Job) -> None:
-        """Take a job on; its slots are FILLING."""
+    def read_alone(
+        self, peer: str, item: ReadItem, request: Request | Job, transfer_id: int
+    ) -> Outcome | Begun | None:
+        """Read one item at once when nothing else is under way, else None; see `express.py`."""
+        link = self._links.find(peer)
+        if link is None or self.jobs or not self._flights.empty or self._backend is None:
+            return None
+        return self._express.read(link, item, request, transfer_id)
+
+    def go_on(self, job: Job, begun: Begun) -> None:
+        """Take a job on whose only item `read_alone` has begun."""
+        self._take(job)
+        [item] = job.items
+        assert isinstance(item, ReadItem)  # noqa: S101 - so it began
+        track = Track(job, 0, item, item.others, first_ns=begun.posted_ns)
+        job.tracks.append(track)
+        link, nbytes = self._links.get(job.peer), item.expect.nbytes
+        post = Post(link=link, tracks=[track], nbytes=nbytes, priority=job.priority)
+        post.posted_ns, post.handle = begun.posted_ns, begun.handle
+        if begun.handle != NO_HANDLE:
+            link.posted(post, queued_ns=job.submitted_ns)
+            self._flights.add(post)
+            self._flights.last_progress_ns = begun.posted_ns
+        elif begun.verdict is None:
+            self.post_failed(post, begun.error)
+        else:
+            track.stage, track.landed_ns = Stage.VERIFYING, begun.landed_ns
+            self._arrivals.judged(track, job.peer, begun.verdict)
+        if job.open_tracks:
+            self._fresh.append(job)
+
+    def _take(self, job: Job) -> None:
         job.open_tracks = len(job.items)
         job.results = [None] * job.open_tracks
-        job.tracks = tracks = []
+        job.tracks = []
         self.jobs[job.ticket] = job
+
+    def add(self, job: Job) -> None:
+        """Take a job on; its slots are FILLING."""
+        if len(job.items) == 1 and isinstance(job.items[0], ReadItem):
+            got = self.read_alone(job.peer, job.items[0], job, job.ticket.transfer_id)
+            if isinstance(got, Outcome):
+                job.ticket._finish(got)  # noqa: SLF001 - its other half
+                return
+            if got is not None:
+                self.go_on(job, got)
+                return
+        self._take(job)
+        tracks = job.tracks
         if not job.items:
             self.job_ended(job)
             return
@@ -142,8 +203,6 @@ class Mover:
                 track.rest = item.others
                 if item.follow or item.stream or item.stripe:
                     self._queue(track)
-                    continue
-                if len(job.items) == 1 and self._post_at_once(link, track):
                     continue
             link.push(track)
         if job.open_tracks:
@@ -168,18 +227,9 @@ class Mover:
         self._arrivals.checked(check)
 
     def files_ended(self, post: Post) -> None:
-        """Take the storage reader's answer: no thread touches the slots any more."""
-        assert post.storage is not None  # noqa: S101 - set before the reader started
-        now = time.monotonic_ns()
-        post.link.ended(post, now)
-        verdicts = judge_files(post.tracks, post.storage)
-        self._flights.settle(post)
-        post.storage = None  # it knows the post: as in `job_ended`
-        judged = zip(post.tracks, verdicts, strict=True)
-        waiting = [pair for pair in judged if pair[0].stage is Stage.WAITING]
-        alive = [track for track, _ in waiting]
-        post.mark_landed(alive, now)
-        self._arrivals.all_judged(alive, STORAGE, [verdict for _, verdict in waiting])
+        """Take the storage reader's answer."""
+        assert self._filing is not None  # noqa: S101 - it asked
+        self._filing.ended(post)
 
     def give_up_all(self) -> None:
         """Cancel every ticket; what was posted goes to quarantine."""
@@ -260,25 +310,10 @@ class Mover:
         for name in names:
             self._links.get(name).push(track)
 
-    def _post_at_once(self, link: Link, track: Track) -> bool:
-        """Post what nothing else competes with: it need not queue."""
-        now = time.monotonic_ns()
-        if (
-            link.pacers
-            or not self._flights.empty
-            or track.job.deadline_ns <= now
-            or self._links.has_queued()
-        ):
-            return False
-        self._post(link, track)
-        self._flights.last_progress_ns = now
-        self._flights.poll()
-        return True
-
     def _post(self, link: Link, track: Track) -> None:
         link.in_call = self._backend is not None and self._backend.copies_in_call(link.name)
-        if link.is_files:
-            self._post_files(link, link.pop_group(track))
+        if link.is_files and self._filing is not None:
+            self._filing.post(link, link.pop_group(track))
         elif isinstance(track.item, FileItem):
             self._arrivals.end(track, Status.FAILED, "this engine has no storage reader")
         elif error := link.unreadable(track):
@@ -365,23 +400,6 @@ class Mover:
             self.post_failed(post, str(error))
             return
         self._flights.add(post)
-
-    def _post_files(self, link: Link, tracks: list[Track]) -> None:
-        assert self._storage is not None  # noqa: S101 - only then the link exists
-        files = [track.item for track in tracks if isinstance(track.item, FileItem)]
-        nbytes = sum(item.expect.nbytes for item in files)
-        post = Post(link=link, tracks=tracks, nbytes=nbytes, priority=tracks[0].job.priority)
-        post.posted_ns = time.monotonic_ns()
-        link.posted(post, queued_ns=tracks[0].job.submitted_ns)
-        for track in tracks:
-            track.first_ns = post.posted_ns
-        self._flights.add(post, polled=False)
-
-        def ended(job: StorageJob) -> None:
-            post.storage = job
-            self._files_ended(post)
-
-        post.storage = self._storage.submit(files, self._slab, ended)
 
     # --- what flights tell ------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hotset.errors import DependencyError, PeerGoneError, TransportError
 from hotset.transport.abort_guard import ABORT_GUARD, NewThreads, name_thread, thread_name
 from hotset.transport.base import (
+    NO_HANDLE,
     Backend,
     PeerInfo,
     PostState,
@@ -139,14 +140,27 @@ class NixlBackend(Backend):
 
     def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         """Start one read. Shared memory copies inside this call, with the GIL released."""
+        read = self._lane(peer, lane).post(peer, spans)
+        self._reads[read.request] = read
+        return read.request
+
+    def post_in_call(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
+        """Read, and release what is done when NIXL returns."""
+        read = self._lane(peer, lane).post_in_call(peer, spans)
+        if read is None:
+            return NO_HANDLE
+        self._reads[read.request] = read
+        return read.request
+
+    def _lane(self, peer: str, number: int) -> Lane:
+        """The lane, which knows the peer."""
         info, slab = self._peers.get(peer), self._slab
         if info is None or slab is None:
             raise PeerGoneError(f"store {peer!r} is not connected", remedy="connect it first")
-        if lane:
-            self._lanes[lane].connect(info, rejoin=False)
-        read = self._lanes[lane].post(peer, spans)
-        self._reads[read.request] = read
-        return read.request
+        lane = self._lanes[number]
+        if number:
+            lane.connect(info, rejoin=False)
+        return lane
 
     def poll(self, handle: int) -> tuple[PostState, str]:
         """State of a posted read."""

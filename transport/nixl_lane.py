@@ -175,30 +175,44 @@ class Lane:
         Raises PeerGoneError, TransportError; then nothing is in flight.
         """
         with self._lock:
-            peer = self._peers.get(name)
-            if peer is None:
-                raise PeerGoneError(f"store {name!r} is not connected", remedy="connect it first")
-            near, far = self._descriptors(peer, spans)
-            if peer.lost:
-                if peer.in_flight or time.monotonic_ns() < peer.retry_ns:
-                    raise PeerGoneError(f"store {name!r} was lost", remedy=_REJOINS)
-                self._reload(peer)
-            nixl, agent = self._nixl, self._agent
-            try:
-                request: int = agent.createXferReq(
-                    nixl.NIXL_READ,
-                    nixl.nixlXferDList(self._memory, near),
-                    nixl.nixlXferDList(memory_kind(nixl, peer.info.device), far),
-                    peer.agent,
-                )
-            except Exception as error:  # NIXL's errors share no root but Exception
-                raise self._typed(error, name) from error
-            read = Read(request, self, peer)
-            peer.in_flight += 1
-            self._advance(read, agent.postXferReq)
-            if sum(span[1] for span in near) >= JUDGED_BYTES:
-                peer.in_call = peer.in_call + 1 if read.state is PostState.DONE else 0
-            return read
+            return self._post(name, spans)
+
+    def post_in_call(self, name: str, spans: Sequence[Span]) -> Read | None:
+        """Read as `post`; None when it is done and released already."""
+        with self._lock:
+            read = self._post(name, spans)
+            if read.state is PostState.PENDING:
+                self._advance(read, self._agent.getXferStatus)
+            if read.state is not PostState.DONE:
+                return read
+            self._release(read)
+            return None
+
+    def _post(self, name: str, spans: Sequence[Span]) -> Read:
+        peer = self._peers.get(name)
+        if peer is None:
+            raise PeerGoneError(f"store {name!r} is not connected", remedy="connect it first")
+        near, far = self._descriptors(peer, spans)
+        if peer.lost:
+            if peer.in_flight or time.monotonic_ns() < peer.retry_ns:
+                raise PeerGoneError(f"store {name!r} was lost", remedy=_REJOINS)
+            self._reload(peer)
+        nixl, agent = self._nixl, self._agent
+        try:
+            request: int = agent.createXferReq(
+                nixl.NIXL_READ,
+                nixl.nixlXferDList(self._memory, near),
+                nixl.nixlXferDList(memory_kind(nixl, peer.info.device), far),
+                peer.agent,
+            )
+        except Exception as error:  # NIXL's errors share no root but Exception
+            raise self._typed(error, name) from error
+        read = Read(request, self, peer)
+        peer.in_flight += 1
+        self._advance(read, agent.postXferReq)
+        if sum(span[1] for span in near) >= JUDGED_BYTES:
+            peer.in_call = peer.in_call + 1 if read.state is PostState.DONE else 0
+        return read
 
     def poll(self, read: Read) -> tuple[PostState, str]:
         """State of a posted read."""
@@ -211,12 +225,15 @@ class Lane:
         """Free the handle of a finished read."""
         assert read.state is not PostState.PENDING, "released in flight"  # noqa: S101 - our own bug
         with self._lock:
-            try:  # noqa: SIM105 - a context manager costs a microsecond
-                self._agent.releaseXferReq(read.request)
-            except self._nixl.nixlRemoteDisconnectError:  # told by poll; freed
-                pass
-            read.peer.in_flight -= 1
-            self._drop_if_idle(read.peer)
+            self._release(read)
+
+    def _release(self, read: Read) -> None:
+        try:  # noqa: SIM105 - a context manager costs a microsecond
+            self._agent.releaseXferReq(read.request)
+        except self._nixl.nixlRemoteDisconnectError:  # told by poll; freed
+            pass
+        read.peer.in_flight -= 1
+        self._drop_if_idle(read.peer)
 
     def close(self) -> None:
         """Drop the agent; nothing is in flight."""

@@ -19,6 +19,7 @@ import msgspec
 
 from hotset.errors import PeerGoneError, TransportError
 from hotset.transport.base import (
+    NO_HANDLE,
     Backend,
     PeerInfo,
     PostState,
@@ -150,9 +151,17 @@ class NodeBackend(Backend):
     def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
         """Start one read the peer's way."""
         way = self._way(peer)
-        posted = (way, way.post(peer, spans, lane=lane))
+        return self._note(way, way.post(peer, spans, lane=lane))
+
+    def post_in_call(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
+        """Read the peer's way in one call."""
+        way = self._way(peer)
+        inner = way.post_in_call(peer, spans, lane=lane)
+        return inner if inner == NO_HANDLE else self._note(way, inner)
+
+    def _note(self, way: Backend, inner: int) -> int:
         handle = next(self._numbers)
-        self._posts[handle] = posted
+        self._posts[handle] = (way, inner)
         return handle
 
     def _way(self, peer: str) -> Backend:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 
 from hotset.errors import PeerGoneError, TransportError
 from hotset.transport.base import (
+    NO_HANDLE,
     Backend,
     PeerInfo,
     PostState,
@@ -127,14 +128,19 @@ class ShmBackend(Backend):
 
     def post(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - all lanes are alike
         """Copy all spans before returning, with the GIL released."""
+        self.post_in_call(peer, spans)
+        handle = next(self._numbers)
+        self._posts.add(handle)
+        return handle
+
+    def post_in_call(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - all lanes are alike
+        """Copy all spans; nothing is left to release."""
         remote, slab = self.window(peer, spans), self._slab
         assert slab is not None  # noqa: S101 - asked there
         local, copy = slab.base_address, ctypes.memmove
         for span in spans:
             copy(local + span.local_offset, remote + span.remote_offset, span.nbytes)
-        handle = next(self._numbers)
-        self._posts.add(handle)
-        return handle
+        return NO_HANDLE
 
     def window(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:  # noqa: ARG002 - all lanes are alike
         """Address of a mapped peer. Raises as `post`."""

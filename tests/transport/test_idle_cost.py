@@ -123,7 +123,6 @@ def source() -> Iterator[PeerProcess]:
     made.close()
 
 
-@pytest.mark.xfail(strict=False, reason="47 to 51 us on an idle machine, more on a busy one")
 def test_an_active_engine_adds_little_to_its_backend(source: PeerProcess) -> None:
     raw = Raw(source)
     store = build(
