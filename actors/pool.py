@@ -145,7 +145,7 @@ class PoolCore:
             while self._queue and len(self._flying) < MOST_IN_FLIGHT:
                 command = self._queue.pop(0)
                 key = (command.block, command.format)
-                if key in self._flying or self._holds(*key):
+                if key in self._flying or self._store.tell_again(*key, reason=command.reason):
                     continue
                 if 0 < command.due_ns < time.time_ns():
                     refused.append((command, Reason.VETO_LATE))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hotset.policies.types import (
     FORMAT_CODES,
+    LOSSLESS,
     BlockId,
     Copy,
     CopyDropped,
@@ -141,6 +142,23 @@ class Store:
     def holds(self, block: BlockId, fmt: Format) -> bool:
         """Whether a copy in this format is here."""
         return (block, fmt) in self._slots
+
+    def tell_again(self, block: BlockId, fmt: Format, *, reason: Reason) -> bool:
+        """Tell the controller of a copy that it asks for and that is here; False: it is not.
+
+        Else the order would stand until its time is up, when the directory has lost the copy.
+        """
+        with self._lock:
+            for form in LOSSLESS if fmt in LOSSLESS else (fmt,):
+                copy = self._copies.get((block, form))
+                if copy is not None:
+                    self._outbox.append(
+                        CopyLanded(
+                            now_ns=time.time_ns(), copy=copy, reason=reason, source=self.info.name
+                        )
+                    )
+                    return True
+        return False
 
     def sharing(self, slot: Slot) -> list[tuple[BlockId, Format, Slot]]:
         """Copies in the super-slot of `slot`, its own included."""

@@ -406,9 +406,7 @@ class GPUWorker:
             case StartTransfer() if command.format not in LOSSLESS:
                 self._reformer.demote(command.block, command.format)
             case StartTransfer():
-                block = (command.block.layer, command.block.index)
-                if not self._cache.prefetch([block], reason=command.reason):
-                    self._refuse(command.block, command.format, reason=Reason.VETO_MEMORY)
+                self._bring(command)
             case DropCopy():
                 if command.reason in _REFUSED and command.format not in LOSSLESS:
                     self._reformer.refused(command.block)
@@ -423,6 +421,13 @@ class GPUWorker:
                 self._reformer.demote(command.block, command.into)
             case _:
                 pass
+
+    def _bring(self, command: StartTransfer) -> None:
+        block, form, reason = command.block, command.format, command.reason
+        if not self._parts.store.tell_again(block, form, reason=reason) and not (
+            self._cache.prefetch([(block.layer, block.index)], reason=reason)
+        ):
+            self._refuse(block, form, reason=Reason.VETO_MEMORY)
 
     def _cancel(self, block: BlockId, fmt: Format) -> None:
         """Answer for a transfer that is not under way; one that is answers when it has landed."""

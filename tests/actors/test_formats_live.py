@@ -333,8 +333,10 @@ def test_a_slow_link_carries_packed_bytes_and_every_bit(
     (copy,) = pool.store.copies()
     assert copy.format is Format.BF16Z
     assert copy.nbytes < 0.95 * catalog.block_nbytes
-    core.command(order(Format.BF16))  # it has the block
-    assert not ended(core, pool)
+    core.command(order(Format.BF16))  # it has the block, and says so
+    (again,) = ended(core, pool)
+    assert isinstance(again, CopyLanded)
+    assert again.copy == copy
     worker.node.meet(pool)
     for _ in range(20):  # storage has been slow here
         worker.node.directory.cost(STORAGE).observe(nbytes=1000, elapsed_ns=10_000_000)

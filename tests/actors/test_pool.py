@@ -97,9 +97,24 @@ def test_it_drops_and_may_fill_again(node: Node, catalog: Catalog) -> None:
     assert node.slab.used_bytes == 0
     core.command(asked(block))
     core.command(asked(block))  # twice asked, once fetched
-    (again,) = ended(core, node)
+    again, *twice = ended(core, node)
     assert isinstance(again, CopyLanded)
     assert again.copy.generation > landed.copy.generation
+    assert all(isinstance(one, CopyLanded) and one.copy == again.copy for one in twice)
+
+
+def test_a_copy_that_is_here_is_told_again_when_it_is_asked_for(
+    node: Node, catalog: Catalog
+) -> None:
+    core = core_of(node)
+    block = next(iter(catalog.blocks))
+    core.command(asked(block))
+    (landed,) = ended(core, node)
+    core.command(asked(block))  # the directory has lost it
+    (again,) = ended(core, node)
+    assert isinstance(landed, CopyLanded)
+    assert isinstance(again, CopyLanded)
+    assert again.copy == landed.copy
 
 
 def test_a_window_that_has_passed_is_refused_and_the_urgent_go_first(
