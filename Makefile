@@ -16,7 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing (about 1 minute with packages cached)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip 2>&1 | grep -v "is ignored" || true
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev]" \
+		> $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; } # setuptools warns of what is meant so
 	@touch $(STAMP)
 
 demo: $(STAMP) ## serve the demo model from a local cluster's memory tiers and print the report
