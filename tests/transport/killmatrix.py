@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -177,7 +177,11 @@ def main() -> int:
                 each = options.cable_rounds
                 cells += run_kind(kind, cable, rounds=each, writes=writes, lab=lab)
     if options.json:
-        options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
+        rows = [  # `asdict` of Python 3.11 makes no Counter
+            asdict(replace(cell, statuses=Counter())) | {"statuses": dict(cell.statuses)}
+            for cell in cells
+        ]
+        options.json.write_text(json.dumps(rows, indent=1))
     wrong = sum(bool(cell.wrong) for cell in cells)
     print(f"{sum(cell.rounds for cell in cells)} rounds, {len(cells)} cells, {wrong} wrong")
     return 1 if wrong else 0
