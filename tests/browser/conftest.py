@@ -93,6 +93,7 @@ class Visit:
         self.page.route("**/*", self._route)
         self.page.goto(url)
         self.until("window.hotset?.link.moments > 0 && hotset.grid.frames > 0")
+        self.until("!hotset.grid.dirty && document.getElementById('cell').textContent")  # and lists
 
     def _said(self, message: Any) -> None:
         asked_by_the_test = "willReadFrequently" in message.text

@@ -172,7 +172,7 @@ function setPlaying(playing) {
 }
 
 grid.onMove = () => {
-  state.listsAt = 0;
+  state.listsAt = -Infinity; // at once, whatever it cost the last time
   lists();
 };
 grid.onAsk = why;
