@@ -5,11 +5,13 @@ while it is whole; the recorder keeps them where a collector is sampled or the f
 off, and a dump is small enough to mail.
 
 An anomaly: a transfer, step or dispatch that failed or timed out (a cancelled or stale one is how
-races are meant to end), a wait of at least `stall_ns`, rows that a ring lost, or an alert of the
-progress watchdog (`alarm`). Invariants: what is kept, and so
-each dump, is bounded in time and in bytes; anomalies and alerts each get at most one dump in
-`pause_ns`, and `most_dumps` a run and node, also when the process was restarted meanwhile (apart,
-because a slow step just before an alert would take its dump away); more count as `passed_over`.
+races are meant to end), a wait of at least `stall_ns`, or rows that a ring lost. An alert of the
+progress watchdog (`alarm`) is dumped too, with a ration of its own: a slow step just before it
+would else take its dump away.
+
+Invariants: what is kept, and so each dump, is bounded in time and in bytes; anomalies and alerts
+each get at most one dump in `pause_ns`, and `most_dumps` a run and node, also when the process was
+restarted meanwhile; more count as `passed_over`.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from hotset.policies.types import (
     Format,
     Reason,
     StartTransfer,
+    stand_ins,
 )
 from hotset.policies.wire import should_pack
 
@@ -118,8 +119,7 @@ class PoolCore:
 
     def _drop(self, command: DropCopy) -> None:
         """Drop a copy; a full one may meanwhile be a compressed one."""
-        forms = LOSSLESS if command.format in LOSSLESS else {command.format}
-        for form in forms:
+        for form in stand_ins(command.format):
             self._store.drop(command.block, form, reason=command.reason)
 
     def _cancel(self, command: CancelTransfer) -> None:
@@ -134,8 +134,7 @@ class PoolCore:
         self._store.report_failure(command.block, command.format, reason=Reason.CANCELLED)
 
     def _holds(self, block: BlockId, form: Format) -> bool:
-        forms = LOSSLESS if form in LOSSLESS else {form}
-        return any(self._store.holds(block, one) for one in forms)
+        return any(self._store.holds(block, one) for one in stand_ins(form))
 
     def _pump(self) -> None:
         wants: list[Want] = []

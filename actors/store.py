@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from hotset.policies.types import (
     FORMAT_CODES,
-    LOSSLESS,
     BlockId,
     Copy,
     CopyDropped,
@@ -23,6 +22,7 @@ from hotset.policies.types import (
     Reason,
     StoreInfo,
     TransferFailed,
+    stand_ins,
 )
 from hotset.transport.header import checksum
 
@@ -149,7 +149,7 @@ class Store:
         Else the order would stand until its time is up, when the directory has lost the copy.
         """
         with self._lock:
-            for form in LOSSLESS if fmt in LOSSLESS else (fmt,):
+            for form in stand_ins(fmt):
                 copy = self._copies.get((block, form))
                 if copy is not None:
                     self._outbox.append(

@@ -27,6 +27,13 @@ class Format(StrEnum):
 
 LOSSLESS = frozenset({Format.BF16, Format.BF16Z})
 """Formats that keep every bit: a copy in one of them stands for the block itself."""
+
+
+def stand_ins(fmt: Format) -> frozenset[Format]:
+    """Formats in which a copy does for who asks for `fmt`, that one included."""
+    return LOSSLESS if fmt in LOSSLESS else frozenset({fmt})
+
+
 FORMAT_CODES = {fmt: code for code, fmt in enumerate(Format, start=1)}
 """Number of each format in slot headers and rows; `Format` is append-only. 0 means none."""
 

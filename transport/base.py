@@ -383,9 +383,9 @@ class Backend(ABC):
         """
 
     def post_in_call(self, peer: str, spans: Sequence[Span], *, lane: int = 0) -> int:
-        """Post where `copies_in_call` says so: NO_HANDLE when all is here, else the handle.
+        """Post and look once: NO_HANDLE when all is here and nothing left to release.
 
-        Raises as `post`.
+        Else the handle, PENDING or in ERROR. Raises as `post`.
         """
         handle = self.post(peer, spans, lane=lane)
         if self.poll(handle)[0] is not PostState.DONE:

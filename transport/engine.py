@@ -197,8 +197,7 @@ class Engine:
         by the engine. Raises QuarantineFull, ConfigError, InvalidTransition, TransportError; then
         nothing was taken and the slots are still the caller's.
         """
-        now, wall_ns = time.monotonic_ns(), time.time_ns()
-        request = Request(now, wall_ns, deadline_ns, trace, parent, reason, priority)
+        request = Request.now(deadline_ns, trace, parent, reason, priority)
         return self._submit(peer, items, request)
 
     def read_now(  # noqa: PLR0913 - as `read`
@@ -213,8 +212,7 @@ class Engine:
         priority: Priority = Priority.IMMINENT,
     ) -> Outcome:
         """Read as `read` does and wait for the end; the quickest way to one small block."""
-        now, wall_ns = time.monotonic_ns(), time.time_ns()
-        request = Request(now, wall_ns, deadline_ns, trace, parent, reason, priority)
+        request = Request.now(deadline_ns, trace, parent, reason, priority)
         if not self._turn_lock.acquire(blocking=False):
             return self._submit(peer, items, request).wait()
         self._driver = threading.get_ident()
@@ -249,8 +247,7 @@ class Engine:
                     f"ranges of {size} bytes for a block of {item.expect.nbytes}",
                     remedy="build the ranges from the catalog of blocks",
                 )
-        now, wall_ns = time.monotonic_ns(), time.time_ns()
-        request = Request(now, wall_ns, deadline_ns, trace, parent, reason, priority)
+        request = Request.now(deadline_ns, trace, parent, reason, priority)
         return self._submit(STORAGE, items, request)
 
     @property

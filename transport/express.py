@@ -57,6 +57,20 @@ class Request(msgspec.Struct, frozen=True):
     reason: str
     priority: Priority
 
+    @classmethod
+    def now(
+        cls,
+        deadline_ns: int,
+        trace: tuple[int, int],
+        parent: int,
+        reason: str,
+        priority: Priority,
+    ) -> Request:
+        """A request that is made now."""
+        return cls(
+            time.monotonic_ns(), time.time_ns(), deadline_ns, trace, parent, reason, priority
+        )
+
 
 class Express:
     """Reads single blocks of one engine. Called in the owner's turns, while nothing else runs."""
