@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hotset.transport.abort_guard import NewThreads
+from hotset.transport.abort_guard import ABORT_GUARD, NewThreads
 from tests.transport.processes import Child
 from tests.transport.stores import Hands, Shape
+from tests.transport.worlds import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,6 +91,7 @@ class Aborting(Hands):
         server = self.engine._backend._server  # type: ignore[union-attr] # the real thread of NIXL
         assert server
         assert ctypes.CDLL(None).tgkill(os.getpid(), server, signal.SIGABRT) == 0
+        assert until(lambda: ABORT_GUARD.is_parked(server))  # when that thread comes to run
 
 
 @pytest.fixture
