@@ -2,8 +2,9 @@
 
 Decides nothing: `readings` go to the controller with the heartbeat, which tells each pool what its
 readers measure (`policies.wire`). What packed reads take is expected from full ones until there
-were some; what decoding takes is tried once, on one block of the checkpoint, when the first link
-turns out slow enough that packing could pay, and from then on measured with every packed block.
+were some; what decoding takes is tried on one block of the checkpoint when the first link turns out
+slow enough that packing could pay, tried again now and then while nothing is packed (a trial on a
+busy machine may mislead), and measured with every packed block.
 
 Must not know policy or Ray. Invariant: the thread that asks never waits for the trial.
 """
@@ -11,6 +12,7 @@ Must not know policy or Ray. Invariant: the thread that asks never waits for the
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +36,7 @@ _LATENCY_NS = 100_000
 _FASTEST_BYTES_PER_S = 4_000_000_000
 """Beyond this rate nothing is tried: packing saves a third of the bytes at most, so a decoder would
 have to make 12 GB/s of full bytes, more than memory copies."""
+_TRY_AGAIN_S = 10.0
 
 
 class WireMeter:
@@ -49,6 +52,7 @@ class WireMeter:
         self._device = device
         self._packed_nbytes = 0  # of the block that was tried
         self._trial: threading.Thread | None = None
+        self._tried_s = 0.0
 
     def readings(self) -> tuple[Reading, ...]:
         """Gains that are known so far; the trial begins when one is missing for want of it."""
@@ -67,14 +71,14 @@ class WireMeter:
         full = self._catalog.block_nbytes
         if full * 1e9 > _FASTEST_BYTES_PER_S * (full_ns - _LATENCY_NS):
             return -1.0
-        if not self._packed_nbytes:
-            if self._trial is None:
-                self._trial = threading.Thread(target=self._try, name="decode-trial", daemon=True)
-                self._trial.start()
-            return None
-        packed_ns = self._read_ns(source, Format.BF16Z) or expected_ns(
-            full_ns, full_nbytes=full, packed_nbytes=self._packed_nbytes, latency_ns=_LATENCY_NS
-        )
+        packed_ns = self._read_ns(source, Format.BF16Z)
+        if packed_ns is None:
+            self._try_soon()
+            if not self._packed_nbytes:
+                return None
+            packed_ns = expected_ns(
+                full_ns, full_nbytes=full, packed_nbytes=self._packed_nbytes, latency_ns=_LATENCY_NS
+            )
         decoding = self._directory.decoding(Format.BF16Z).estimate_ns(full)
         return packing_gain(full_ns=full_ns, packed_ns=packed_ns, decode_ns=decoding)
 
@@ -82,6 +86,17 @@ class WireMeter:
         """Mean time of a block's read; None before there were enough."""
         sums = self._fetcher.reads.get((source, form))
         return sums.ns / sums.blocks if sums and sums.blocks >= _LEAST_READS else None
+
+    def _try_soon(self) -> None:
+        """Begin a trial unless one runs or began just now."""
+        now_s = time.monotonic()
+        if self._trial is not None and (
+            self._trial.is_alive() or now_s - self._tried_s < _TRY_AGAIN_S
+        ):
+            return
+        self._tried_s = now_s
+        self._trial = threading.Thread(target=self._try, name="decode-trial", daemon=True)
+        self._trial.start()
 
     def _try(self) -> None:
         """Encode and decode the first block; one that cannot be read or packed is left alone."""

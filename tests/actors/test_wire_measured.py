@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from hotset.actors.packing import Packer
+from hotset.actors.packing import Packer, decode_ns
 from hotset.actors.pool import PoolCore
 from hotset.actors.wiremeter import WireMeter
 from hotset.policies.types import STORAGE, Format, Reason, StartTransfer, Tier
@@ -22,7 +22,7 @@ from hotset.transport.base import LinkProfile
 from tests.actors.node import Node, truth, until
 
 if TYPE_CHECKING:
-    from hotset.blocks.checkpoint import Catalog
+    from hotset.blocks.checkpoint import BlockLayout, Catalog
     from hotset.transport.loopback import LoopbackNetwork
 
 BLOCKS = 12
@@ -115,6 +115,26 @@ def test_a_pool_packs_for_readers_that_measure_a_slow_link_and_unpacks_for_fast_
         assert slot is not None
         assert pair.pool.payload(slot) == truth(catalog, copy.block)
         pair.pool.store.unpin(slot)
+    pair.close()
+
+
+def test_a_trial_that_misled_is_corrected_by_later_ones(
+    catalog: Catalog, network: LoopbackNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disturbed = True
+
+    def tried(source: torch.Tensor, layout: BlockLayout) -> int:
+        return 2_000_000_000 if disturbed else decode_ns(source, layout)
+
+    monkeypatch.setattr("hotset.actors.wiremeter._TRY_AGAIN_S", 0.0)
+    monkeypatch.setattr("hotset.actors.wiremeter.decode_ns", tried)
+    pair = Pair(catalog, network, link=SLOW)
+    pair.read_all()
+    until(lambda: pair.tell() < -0.2, what="trials without a processor to mislead")
+    assert pair.forms() == {Format.BF16}
+    disturbed = False
+    until(lambda: pair.tell() > 0.1, what="later trials to correct that")
+    assert pair.forms() == {Format.BF16Z}
     pair.close()
 
 
