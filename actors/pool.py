@@ -106,8 +106,13 @@ class PoolCore:
 
     def readers_gain(self, gain: float) -> None:
         """Readers have measured what packing saves (`policies.wire`): hold copies accordingly."""
-        wanted = should_pack(gain, packed=self._wanted is True)
-        if not self._packs or wanted is self._wanted:
+        if not self._packs:
+            return
+        packed = self._wanted
+        if packed is None:  # by the link's profile, if at all
+            packed = any(copy.format is Format.BF16Z for copy in self._store.copies())
+        wanted = should_pack(gain, packed=packed)
+        if wanted is self._wanted:
             return
         self._wanted = wanted
         form = Format.BF16 if wanted else Format.BF16Z

@@ -30,11 +30,17 @@ SLOW = LinkProfile(bandwidth_bytes_per_s=2_000_000, latency_ns=1_000, emulated=T
 
 
 class Pair:
-    """A pool that knows nothing of its link, filled, and a reader of it."""
+    """A filled pool and a reader of it."""
 
     def __init__(
-        self, catalog: Catalog, network: LoopbackNetwork, *, link: LinkProfile | None
+        self,
+        catalog: Catalog,
+        network: LoopbackNetwork,
+        *,
+        link: LinkProfile | None,
+        told: LinkProfile | None = None,
     ) -> None:
+        """`link` is how the pool is read, `told` what the pool is told of that."""
         self.catalog = catalog
         self.pool = Node(
             "host-0", catalog=catalog, network=network, slots=BLOCKS + 2, tier=Tier.HOST, link=link
@@ -42,7 +48,7 @@ class Pair:
         self.reader = Node("worker", catalog=catalog, network=network, slots=BLOCKS)
         self.core = PoolCore(
             store=self.pool.store, fetcher=self.pool.fetcher, directory=self.pool.directory,
-            nbytes=self.pool.nbytes, packer=lambda: Packer(catalog.layout, link=None), packs=True,
+            nbytes=self.pool.nbytes, packer=lambda: Packer(catalog.layout, link=told), packs=True,
         )  # fmt: skip
         self.blocks = list(catalog.blocks)[:BLOCKS]
         for block in self.blocks:
@@ -115,6 +121,20 @@ def test_a_pool_packs_for_readers_that_measure_a_slow_link_and_unpacks_for_fast_
         assert slot is not None
         assert pair.pool.payload(slot) == truth(catalog, copy.block)
         pair.pool.store.unpin(slot)
+    pair.close()
+
+
+def test_copies_that_are_packed_by_the_links_profile_stay_so_near_the_line(
+    catalog: Catalog, network: LoopbackNetwork
+) -> None:
+    pair = Pair(catalog, network, link=SLOW, told=SLOW)
+    assert pair.forms() == {Format.BF16Z}
+    version = {copy.generation for copy in pair.pool.store.copies()}
+    pair.core.readers_gain(0.0)
+    assert pair.forms() == {Format.BF16Z}
+    assert {copy.generation for copy in pair.pool.store.copies()} == version  # not made anew
+    pair.core.readers_gain(-0.2)
+    assert pair.forms() == {Format.BF16}
     pair.close()
 
 

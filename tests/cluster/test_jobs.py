@@ -107,16 +107,23 @@ def kill_marked(mark: str) -> None:
 
 def test_generate_as_a_job(head: Head) -> None:
     excludes = [".venv", ".git", "hotset-runs", ".mypy_cache", ".pytest_cache", ".hypothesis"]
-    done = subprocess.run(
-        [
-            str(BIN / "ray"), "job", "submit", "--address", head.dashboard,
-            "--working-dir", ".", "--runtime-env-json", json.dumps({"excludes": excludes}),
-            "--", "python", "-m", "hotset", "generate",
-            "--model", str(DEMO.relative_to(ROOT)), "--prompt", "def f(",
-            "--max-new-tokens", "16", "--workers", "2", "--json",
-        ],
-        cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+
+    def submit() -> subprocess.CompletedProcess[str] | None:
+        done = subprocess.run(
+            [
+                str(BIN / "ray"), "job", "submit", "--address", head.dashboard,
+                "--working-dir", ".", "--runtime-env-json", json.dumps({"excludes": excludes}),
+                "--", "python", "-m", "hotset", "generate",
+                "--model", str(DEMO.relative_to(ROOT)), "--prompt", "def f(",
+                "--max-new-tokens", "16", "--workers", "2", "--json",
+            ],
+            cwd=ROOT, env=head.environment, capture_output=True, text=True, timeout=240,
+            check=False,
+        )  # fmt: skip
+        return None if "No available agent" in done.stderr else done  # it starts after the head
+
+    done = eventually(submit, deadline_s=120, what="Ray's job agent")
+    assert done is not None
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     reports = [line for line in done.stdout.splitlines() if line.startswith('{"text"')]
     report = json.loads(reports[0])
