@@ -33,14 +33,16 @@ _TRIAL_NS = 5_000_000
 def decode_ns(source: torch.Tensor, layout: BlockLayout) -> int:
     """Time to decode a `bf16z` block: the median of some rounds after one that may compile."""
     out = torch.empty(layout.nbytes, dtype=torch.uint8, device=source.device)
-    times: list[int] = []
-    for again in range(_MOST_ROUNDS + 1):
+
+    def once() -> int:
         began_ns = time.perf_counter_ns()
         codec(Format.BF16Z).decode(source, layout, out, verified=True)
-        if again:
-            times.append(time.perf_counter_ns() - began_ns)
-        if len(times) >= _LEAST_ROUNDS and sum(times) >= _TRIAL_NS:
-            break
+        return time.perf_counter_ns() - began_ns
+
+    once()
+    times: list[int] = []
+    while len(times) < _LEAST_ROUNDS or (len(times) < _MOST_ROUNDS and sum(times) < _TRIAL_NS):
+        times.append(once())
     return int(statistics.median(times))
 
 

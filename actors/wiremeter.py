@@ -50,7 +50,7 @@ class WireMeter:
         self._fetcher = fetcher
         self._directory = directory
         self._device = device
-        self._packed_nbytes = 0  # of the block that was tried
+        self._sample: torch.Tensor | None = None  # the packed block that is tried
         self._trial: threading.Thread | None = None
         self._tried_s = 0.0
 
@@ -74,10 +74,10 @@ class WireMeter:
         packed_ns = self._read_ns(source, Format.BF16Z)
         if packed_ns is None:
             self._try_soon()
-            if not self._packed_nbytes:
+            if self._sample is None:
                 return None
             packed_ns = expected_ns(
-                full_ns, full_nbytes=full, packed_nbytes=self._packed_nbytes, latency_ns=_LATENCY_NS
+                full_ns, full_nbytes=full, packed_nbytes=len(self._sample), latency_ns=_LATENCY_NS
             )
         decoding = self._directory.decoding(Format.BF16Z).estimate_ns(full)
         return packing_gain(full_ns=full_ns, packed_ns=packed_ns, decode_ns=decoding)
@@ -88,10 +88,10 @@ class WireMeter:
         return sums.ns / sums.blocks if sums and sums.blocks >= _LEAST_READS else None
 
     def _try_soon(self) -> None:
-        """Begin a trial unless one runs or began just now."""
+        """Begin a trial unless one runs, found nothing to decode, or began just now."""
         now_s = time.monotonic()
         if self._trial is not None and (
-            self._trial.is_alive() or now_s - self._tried_s < _TRY_AGAIN_S
+            self._trial.is_alive() or self._sample is None or now_s - self._tried_s < _TRY_AGAIN_S
         ):
             return
         self._tried_s = now_s
@@ -99,18 +99,24 @@ class WireMeter:
         self._trial.start()
 
     def _try(self) -> None:
-        """Encode and decode the first block; one that cannot be read or packed is left alone."""
+        layout = self._catalog.layout
+        sample = self._pack_first() if self._sample is None else self._sample
+        if sample is None:
+            return
+        took_ns = decode_ns(sample.to(self._device), layout)
+        self._directory.decoding(Format.BF16Z).observe(nbytes=layout.nbytes, elapsed_ns=took_ns)
+        self._sample = sample
+
+    def _pack_first(self) -> torch.Tensor | None:
+        """The first block, packed; None when it cannot be read or packed, which is left alone."""
         layout, coder = self._catalog.layout, codec(Format.BF16Z)
         payload = torch.empty(layout.nbytes, dtype=torch.uint8)
         packed = torch.zeros(coder.nbytes(layout), dtype=torch.uint8)
         reader = BlockReader(self._catalog)
         try:
             reader.read(next(iter(self._catalog.blocks)), payload)
-            used = coder.encode(payload, layout, packed)
+            return packed[: coder.encode(payload, layout, packed)].clone()
         except HotsetError:  # whoever serves the block meets the same error and reports it
-            return
+            return None
         finally:
             reader.close()
-        took_ns = decode_ns(packed[:used].to(self._device), layout)
-        self._directory.decoding(Format.BF16Z).observe(nbytes=layout.nbytes, elapsed_ns=took_ns)
-        self._packed_nbytes = used

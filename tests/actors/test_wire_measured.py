@@ -129,10 +129,10 @@ def test_copies_that_are_packed_by_the_links_profile_stay_so_near_the_line(
 ) -> None:
     pair = Pair(catalog, network, link=SLOW, told=SLOW)
     assert pair.forms() == {Format.BF16Z}
-    version = {copy.generation for copy in pair.pool.store.copies()}
+    made = {copy.generation for copy in pair.pool.store.copies()}
     pair.core.readers_gain(0.0)
     assert pair.forms() == {Format.BF16Z}
-    assert {copy.generation for copy in pair.pool.store.copies()} == version  # not made anew
+    assert {copy.generation for copy in pair.pool.store.copies()} == made  # not made anew
     pair.core.readers_gain(-0.2)
     assert pair.forms() == {Format.BF16}
     pair.close()
